@@ -1,0 +1,61 @@
+# Every target works alone on a fresh clone: it makes .venv and installs what it needs once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: setup demo test lint typecheck docs docs-serve bench reproduce tiny-models clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.core
+	$(PIP) -e '.[docs]'
+	@touch $@
+
+setup: $(VENV)/.dev
+
+# Scores the standard library's held-out modules with the embedded model and writes report.html.
+demo: $(VENV)/.core
+	$(BIN)/loglik demo
+
+# Two workers with one thread each use two cores better than one worker with two.
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+typecheck: $(VENV)/.dev
+	$(BIN)/mypy
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
+
+docs-serve: $(VENV)/.docs
+	$(BIN)/mkdocs serve
+
+# Peers side by side in one run; nothing else should run meanwhile.
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/run.py
+
+# The central claim of each paper as a small experiment.
+reproduce: $(VENV)/.dev
+	$(BIN)/python reproductions/run_all.py
+
+# Trains the embedded models from scratch (one to two hours on two cores) and installs them into the package.
+tiny-models: $(VENV)/.core
+	$(BIN)/python recipes/tiny/train.py --install src/loglik/models/embedded/tiny
+
+clean:
+	rm -rf $(VENV) site runs .pytest_cache .mypy_cache .ruff_cache

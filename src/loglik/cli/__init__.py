@@ -1,0 +1,43 @@
+"""The command line: thin shells over the library."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+from rich.text import Text
+
+from loglik.cli.demo import Demo
+from loglik.cli.papers import Papers
+from loglik.cli.score import Score
+from loglik.errors import LoglikError
+from loglik.progress import stderr_console
+
+__all__ = ["main"]
+
+Command = (
+    Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Score, tyro.conf.subcommand("score")]
+    | Annotated[Papers, tyro.conf.subcommand("papers")]
+)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run one command; an error a user can mend is one sentence on standard error and exit code 2."""
+    command = tyro.cli(
+        Command,
+        prog="loglik",
+        description="Likelihoods of generative models: measure them, train on them, decode and decide by them.",
+        args=args,
+    )
+    try:
+        command.run()
+    except LoglikError as error:
+        # soft_wrap: the sentence stays one line for whoever reads it from a log
+        stderr_console().print(Text(f"loglik: {error}"), soft_wrap=True)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of our output has gone, as in `loglik score ... | head`
+        sys.stderr.close()
+        sys.exit(1)

@@ -1,0 +1,156 @@
+r"""Causal language models: exact :math:`\log p(x) = \sum_t \log p(x_t \mid x_{<t})` from any `AutoModelForCausalLM`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from loglik.kinds import DrawsKey, Kind, Unit
+from loglik.likelihood import LogLikelihood
+from loglik.models.batch import TokenBatch
+from loglik.models.encode import Layout
+from loglik.models.tokens import greedy_match, selected_log_probs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["CausalLM"]
+
+
+class CausalLM:
+    r"""A causal language model of transformers behind the `Model` protocol.
+
+    .. math:: \log p(x_{s:} \mid x_{<s}) = \sum_{t \ge s} \log p_\theta(x_t \mid x_{<t})
+
+    Rows are stripped of their padding before the forward pass and aligned left, so that a value depends neither on the
+    side of the padding nor on what else is in the batch.
+
+    Args:
+        model: any model whose output has `logits` (B, T, V) that predict the next token.
+        tokenizer: the tokenizer of its vocabulary; needed for text only.
+    """
+
+    kind = Kind.EXACT
+    unit = Unit.TOKEN
+    layout: Layout = "causal"
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any = None) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    @property
+    def max_length(self) -> int | None:
+        """The model's context in tokens, or None where its configuration states no limit."""
+        return context_length(self.model.config)
+
+    def log_prob(self, x: TokenBatch, *, draws: DrawsKey | None = None) -> LogLikelihood:
+        """Exact log-likelihood (B,) of the scored tokens, with per-token terms (B, T); differentiable.
+
+        Raises:
+            ValueError: if the first token of a row is to be scored: nothing stands before it.
+        """
+        return self.score_tokens(x)[0]
+
+    def score_tokens(self, x: TokenBatch) -> tuple[LogLikelihood, Tensor]:
+        """`log_prob`, and (B, T) bool whether each scored token is the model's first choice."""
+        x = x.to(self.device)
+        packed, origin = x.packed_left()
+        if bool(packed.scored_mask[:, :1].any()):
+            row = int(packed.scored_mask[:, 0].nonzero()[0])
+            raise ValueError(f"row {row}: the first token cannot be scored, nothing stands before it; prepend BOS")
+        terms = torch.zeros(packed.ids.shape, dtype=torch.float32, device=self.device)
+        greedy = torch.zeros_like(packed.attention_mask)
+        if bool(packed.scored_mask.any()):
+            picked = packed.scored_mask[:, 1:]
+            logits = self._logits(packed.ids[:, :-1])[picked]  # the last token is only ever a target
+            targets = packed.ids[:, 1:][picked]
+            chosen = selected_log_probs(logits, targets)
+            terms = terms.to(chosen.dtype).masked_scatter(packed.scored_mask, chosen)
+            greedy = greedy.masked_scatter(packed.scored_mask, greedy_match(logits.detach(), targets))
+        per_unit = x.unpack(terms, origin, packed)
+        scored = x.scored_mask & x.attention_mask
+        likelihood = LogLikelihood.from_per_unit(per_unit, scored, kind=self.kind, unit=self.unit)
+        return likelihood, x.unpack(greedy.int(), origin, packed).bool()
+
+    def next_log_probs(self, prefix: TokenBatch) -> Tensor:
+        """(B, V) log-probabilities of the token after each row, float32, nats; rows must not be empty."""
+        packed, _ = prefix.to(self.device).packed_left()
+        lengths = packed.attention_mask.sum(1)
+        if bool((lengths == 0).any()):
+            raise ValueError("a prefix is empty; give BOS or a prompt to condition on")
+        logits = self._logits(packed.ids)
+        last = logits[torch.arange(len(packed), device=self.device), lengths - 1]
+        return torch.log_softmax(last.float(), dim=-1)
+
+    def hidden_states(self, x: TokenBatch) -> Tensor:
+        """(B, T, D) last hidden states at the columns of `x`, zero at padding."""
+        x = x.to(self.device)
+        packed, origin = x.packed_left()
+        out = self.model(input_ids=packed.ids, use_cache=False, output_hidden_states=True).hidden_states[-1]
+        full = torch.zeros(*x.ids.shape, out.shape[-1], dtype=out.dtype, device=out.device)
+        index = origin.unsqueeze(-1).expand_as(out)
+        return full.scatter_add(1, index, out.masked_fill(~packed.attention_mask.unsqueeze(-1), 0.0))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        *,
+        prompt: TokenBatch | None = None,
+        generator: torch.Generator | None = None,
+        max_tokens: int = 64,
+    ) -> TokenBatch:
+        """Ancestral samples of the model's own distribution: `n` per prompt row, each ended by EOS or `max_tokens`.
+
+        No temperature, no truncation: the sampled distribution is the one that `log_prob` scores. The completion
+        (EOS included) is scored in the returned batch.
+        """
+        prompt = self._bos_prompt() if prompt is None else prompt
+        rows = [
+            ids[real].tolist() for ids, real in zip(prompt.ids, prompt.attention_mask, strict=True) for _ in range(n)
+        ]
+        starts = [len(row) for row in rows]
+        eos = getattr(self.tokenizer, "eos_token_id", None)
+        live = list(range(len(rows)))
+        for _ in range(max_tokens):
+            if not live:
+                break
+            batch = TokenBatch.from_lists([rows[i] for i in live])
+            probs = self.next_log_probs(batch).exp().cpu()
+            drawn = torch.multinomial(probs, 1, generator=generator).flatten().tolist()
+            for i, token in zip(live, drawn, strict=True):
+                rows[i].append(token)
+            live = [i for i, token in zip(live, drawn, strict=True) if token != eos]
+        return TokenBatch.from_lists(rows, starts=starts)
+
+    def _bos_prompt(self) -> TokenBatch:
+        bos = getattr(self.tokenizer, "bos_token_id", None)
+        if bos is None:
+            raise ValueError("sampling without a prompt needs a tokenizer with a BOS token; give a prompt")
+        return TokenBatch.from_lists([[bos]])
+
+    def _logits(self, ids: Tensor) -> Tensor:
+        """(B, T, V). Padding stands on the right, where causal attention cannot see it: no mask is needed."""
+        logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits
+
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self.model.parameters())
+        return f"{type(self).__name__}({type(self.model).__name__}, {count:,} parameters, context {self.max_length})"
+
+
+def context_length(config: Any) -> int | None:
+    """Positions a model was built for, from its configuration; None where there is no limit (state-space models)."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for name in ("max_position_embeddings", "n_positions"):
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None

@@ -1,0 +1,172 @@
+"""`load`: a name or directory becomes a model with a likelihood."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers.models.auto import modeling_auto
+
+from loglik.errors import InputError
+from loglik.models.causal import CausalLM
+from loglik.models.masked import MaskedLM
+from loglik.models.ngram import NGramLM
+from loglik.models.protocol import TextModel
+from loglik.models.seq2seq import Seq2SeqLM
+from loglik.progress import quiet_transformers
+
+__all__ = ["DTYPES", "EMBEDDED", "Family", "load"]
+
+Family = Literal["causal", "seq2seq", "masked"]
+EMBEDDED = ("tiny",)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+_AUTO = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM, "masked": AutoModelForMaskedLM}
+_MAPPINGS: dict[Family, str] = {
+    "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "masked": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "seq2seq": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+}
+
+
+def load(
+    name_or_dir: str | Path,
+    *,
+    family: Family | None = None,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device | None = None,
+    pll: Literal["original", "within_word_l2r"] = "original",
+    revision: str | None = None,
+) -> TextModel:
+    """Load a model and its tokenizer.
+
+    Args:
+        name_or_dir: ``"tiny"`` (shipped with the package), a directory written by `save_pretrained`, or the name of a
+            repository on the model hub, which is downloaded unless it is cached.
+        family: ``causal``, ``seq2seq`` or ``masked``; read from the configuration if not given.
+        dtype: of the weights. Log-softmax and sums are float32 or better in any case.
+        device: ``"cpu"``, ``"cuda"``, ...; a GPU if there is one.
+        pll: which pseudo-log-likelihood a masked language model gives.
+        revision: of a hub repository.
+
+    Raises:
+        InputError: one sentence for a name that is nowhere, missing, truncated, pickled or incomplete weights, or an
+            architecture without a language-model head.
+    """
+    chosen_dtype = _dtype(dtype)
+    where = Path(str(name_or_dir)) if str(name_or_dir) not in EMBEDDED else _embedded(str(name_or_dir))
+    is_local = where.is_dir()
+    if where.is_file():
+        raise InputError(f"model {str(name_or_dir)!r} is a file; give the directory that holds it")
+    if is_local and (where / "loglik_ngram.json").is_file():
+        ngram: TextModel = NGramLM.from_pretrained(where)
+        return ngram
+    source = str(where) if is_local else str(name_or_dir)
+    config = _config(source, is_local=is_local, revision=revision)
+    kind = family or _family(config, source)
+    model = _weights(kind, source, config, chosen_dtype, is_local=is_local, revision=revision)
+    target = torch.device(device) if device is not None else _default_device()
+    model = model.to(target).eval()
+    tokenizer = _tokenizer(source, is_local=is_local, revision=revision)
+    if kind == "causal":
+        return CausalLM(model, tokenizer)
+    if kind == "seq2seq":
+        return Seq2SeqLM(model, tokenizer)
+    return MaskedLM(model, tokenizer, variant=pll)
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    return DTYPES[dtype]
+
+
+def _default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _embedded(name: str) -> Path:
+    path = Path(str(resources.files("loglik") / "models" / "embedded" / name))
+    if not (path / "model.safetensors").is_file():
+        raise InputError(f"the embedded model {name!r} is missing from this installation; reinstall loglik")
+    return path
+
+
+def _config(source: str, *, is_local: bool, revision: str | None) -> Any:
+    if is_local and not (Path(source) / "config.json").is_file():
+        raise InputError(f"directory {source!r} has no config.json, so it holds no model; give one with weights")
+    try:
+        with quiet_transformers():
+            return AutoConfig.from_pretrained(source, revision=revision)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        if is_local:
+            raise InputError(f"the configuration in {source!r} cannot be used: {_first(error)}") from None
+        raise InputError(
+            f"model {source!r} is no embedded model ({', '.join(EMBEDDED)}), no directory, and could not be fetched "
+            "from the hub; check the name and the network, or give a directory"
+        ) from None
+
+
+def _family(config: Any, source: str) -> Family:
+    names = list(config.architectures or [])
+    for family, mapping in _MAPPINGS.items():
+        known: set[str] = set()
+        for value in getattr(modeling_auto, mapping).values():
+            known.update([value] if isinstance(value, str) else value)
+        if known.intersection(names):
+            return "seq2seq" if config.is_encoder_decoder else family
+    raise InputError(
+        f"{source!r} holds {names[0] if names else 'an unnamed architecture'}, which is not known to have a "
+        "language-model head; pass family if it has one"
+    )
+
+
+def _weights(
+    family: Family, source: str, config: Any, dtype: torch.dtype, *, is_local: bool, revision: str | None
+) -> Any:
+    if is_local and not any(Path(source).glob("*.safetensors")):
+        if any(Path(source).glob("*.bin")):
+            raise InputError(f"{source!r} has only pickled weights (.bin), which are not loaded; save as safetensors")
+        raise InputError(f"directory {source!r} has no weights (model.safetensors)")
+    try:
+        with quiet_transformers():  # its report on missing weights becomes the sentence below
+            model, info = _AUTO[family].from_pretrained(
+                source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, revision=revision
+            )
+    except SafetensorError as error:
+        raise InputError(f"the weights in {source!r} are damaged or truncated ({error}); copy them again") from None
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise InputError(f"the weights of {source!r} cannot be loaded: {_first(error)}") from None
+    missing = sorted(info["missing_keys"])
+    mismatched = sorted(str(key[0]) if isinstance(key, tuple) else str(key) for key in info["mismatched_keys"])
+    if missing or mismatched:
+        bad = (missing or mismatched)[0]
+        raise InputError(
+            f"the weights of {source!r} do not fit its configuration ({len(missing)} tensors missing, "
+            f"{len(mismatched)} of another shape, first {bad!r}); it would run on random numbers"
+        )
+    return model
+
+
+def _tokenizer(source: str, *, is_local: bool, revision: str | None) -> Any:
+    files = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
+    if is_local and not any((Path(source) / name).is_file() for name in files):
+        return None
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(source, revision=revision)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise InputError(f"the tokenizer of {source!r} cannot be loaded: {_first(error)}") from None
+
+
+def _first(error: BaseException) -> str:
+    """The first sentence of another library's message, on one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")

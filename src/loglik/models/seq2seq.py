@@ -1,0 +1,134 @@
+r"""Encoder-decoder models: exact :math:`\log p(y \mid x) = \sum_t \log p(y_t \mid y_{<t}, x)`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from loglik.kinds import DrawsKey, Kind, Unit
+from loglik.likelihood import LogLikelihood
+from loglik.models.batch import TokenBatch
+from loglik.models.encode import Layout
+from loglik.models.tokens import greedy_match, selected_log_probs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Seq2SeqLM"]
+
+
+class Seq2SeqLM:
+    r"""An encoder-decoder of transformers behind the `Model` protocol.
+
+    The tokens of a row before `TokenBatch.starts` are the source, the others the target; the decoder starts from the
+    configuration's start token, so that the first target token is scored like every other.
+
+    .. math:: \log p(y \mid x) = \sum_t \log p_\theta(y_t \mid \langle s \rangle, y_{<t}, x)
+
+    Args:
+        model: any model of `AutoModelForSeq2SeqLM`.
+        tokenizer: the tokenizer of its vocabulary; needed for text only.
+
+    Raises:
+        ValueError: if the configuration names no decoder start token.
+    """
+
+    kind = Kind.EXACT
+    unit = Unit.TOKEN
+    layout: Layout = "seq2seq"
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any = None) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        config = model.config
+        start = getattr(config, "decoder_start_token_id", None)
+        start = start if start is not None else getattr(config, "bos_token_id", None)
+        if start is None:
+            raise ValueError("the configuration has no decoder_start_token_id: set it, the decoder cannot start")
+        self.start_id: int = start
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def max_length(self) -> int | None:
+        """Longest source and longest target in tokens; None with relative positions, which have no end."""
+        value = getattr(self.model.config, "max_position_embeddings", None)
+        return value if isinstance(value, int) else None
+
+    def log_prob(self, x: TokenBatch, *, draws: DrawsKey | None = None) -> LogLikelihood:
+        """Exact log-likelihood (B,) of the scored target tokens given the source; differentiable.
+
+        Raises:
+            ValueError: if a source token is to be scored, or a source is empty.
+        """
+        return self.score_tokens(x)[0]
+
+    def score_tokens(self, x: TokenBatch) -> tuple[LogLikelihood, Tensor]:
+        """`log_prob`, and (B, T) bool whether each scored token is the model's first choice."""
+        x = x.to(self.device)
+        packed, origin = x.packed_left()
+        source, target, column = _split(packed)
+        if bool((packed.scored_mask & ~_after(packed)).any()):
+            raise ValueError("a source token is to be scored; an encoder-decoder scores only what follows `starts`")
+        logits = self._logits(source, target)
+        picked = packed.scored_mask.gather(1, column) & target.attention_mask
+        chosen = selected_log_probs(logits[picked], target.ids[picked])
+        terms = torch.zeros(packed.ids.shape, dtype=chosen.dtype, device=self.device)
+        # Row-major order of `picked` is that of the scored tokens in `packed`: targets keep their order.
+        terms = terms.masked_scatter(packed.scored_mask, chosen)
+        greedy = torch.zeros_like(packed.attention_mask)
+        greedy = greedy.masked_scatter(packed.scored_mask, greedy_match(logits.detach()[picked], target.ids[picked]))
+        per_unit = x.unpack(terms, origin, packed)
+        scored = x.scored_mask & x.attention_mask
+        likelihood = LogLikelihood.from_per_unit(per_unit, scored, kind=self.kind, unit=self.unit)
+        return likelihood, x.unpack(greedy.int(), origin, packed).bool()
+
+    def next_log_probs(self, prefix: TokenBatch) -> Tensor:
+        """(B, V) log-probabilities of the target token after each row (an empty target is allowed), float32, nats."""
+        packed, _ = prefix.to(self.device).packed_left()
+        source, target, _ = _split(packed)
+        lengths = target.attention_mask.sum(1)
+        # One more column, so that the position after the last target token has an output.
+        ids = torch.nn.functional.pad(target.ids, (0, 1))
+        longer = TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool))
+        logits = self._logits(source, longer)
+        return torch.log_softmax(logits[torch.arange(len(packed), device=self.device), lengths].float(), dim=-1)
+
+    def _logits(self, source: TokenBatch, target: TokenBatch) -> Tensor:
+        """(B, T, V) for each target position; target padding stands on the right, out of causal sight."""
+        start = torch.full_like(target.ids[:, :1], self.start_id)
+        out = self.model(
+            input_ids=source.ids,
+            attention_mask=source.attention_mask.long(),
+            decoder_input_ids=torch.cat([start, target.ids[:, :-1]], dim=1),
+            use_cache=False,
+        )
+        logits: Tensor = out.logits
+        return logits
+
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self.model.parameters())
+        return f"{type(self).__name__}({type(self.model).__name__}, {count:,} parameters, context {self.max_length})"
+
+
+def _after(packed: TokenBatch) -> Tensor:
+    """(B, T) True from the first target token on."""
+    columns = torch.arange(packed.ids.shape[1], device=packed.ids.device)
+    return columns >= packed.completion_starts()[:, None]
+
+
+def _split(packed: TokenBatch) -> tuple[TokenBatch, TokenBatch, Tensor]:
+    """Source and target of left-aligned rows, each left-aligned, and the column every target token came from."""
+    after = _after(packed) & packed.attention_mask
+    before = packed.attention_mask & ~after
+    if bool((before.sum(1) == 0).any()):
+        row = int((before.sum(1) == 0).nonzero()[0])
+        raise ValueError(f"row {row}: the source is empty; an encoder-decoder needs at least its end token there")
+    source, _ = TokenBatch(packed.ids, before, torch.zeros_like(before)).packed_left()
+    target, column = TokenBatch(packed.ids, after, torch.zeros_like(after)).packed_left()
+    return source, target, column

@@ -1,0 +1,206 @@
+"""Score a file: read, score in chunks, commit each chunk, so that a long run survives whatever stops it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
+from typing import Any, BinaryIO, Literal, TextIO
+
+from loglik.errors import InputError, RowError
+from loglik.models.protocol import TextModel
+from loglik.progress import bar
+from loglik.scoring.engine import ScoreOptions, Scorer
+from loglik.scoring.read import Fields, Format, read_rows
+from loglik.scoring.report import ReportBuilder
+from loglik.scoring.rows import InputRow, ScoredRow
+from loglik.scoring.sink import InputDigest, Sink, open_sink
+
+__all__ = ["RunSummary", "ScoreJob", "score_file"]
+
+# A chunk is scored and committed together. Its bounds depend on the input alone, so that a resumed run repeats the
+# batches, and with them the last bits, of an uninterrupted one.
+CHUNK_ROWS = 256
+CHUNK_CHARACTERS = 1_000_000
+
+
+@dataclass(slots=True)
+class RunSummary:
+    """What a run amounted to: counts over the rows scored by this process, and rows found done already."""
+
+    rows: int = 0
+    resumed: int = 0
+    errors: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    nats: float = 0.0
+    straddled: int = 0
+    windowed: int = 0
+    bos: str = ""
+    kinds: set[str] = field(default_factory=set)
+
+    def add(self, row: ScoredRow) -> None:
+        """Count one row."""
+        self.rows += 1
+        if row.error is not None or row.log_prob is None:
+            self.errors += 1
+            return
+        self.tokens += row.num_tokens or 0
+        self.bytes += row.num_bytes or 0
+        self.nats += row.log_prob
+        self.straddled += row.boundary == "straddled"
+        self.windowed += row.num_windowed or 0
+        self.kinds.add(str(row.kind))
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Bits over bytes of all rows together, or None where nothing was scored."""
+        return -self.nats / math.log(2) / self.bytes if self.bytes else None
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreJob:
+    """What to score and where to put it.
+
+    Args:
+        source: input path, or ``-`` for standard input.
+        output: output path, or ``-`` for JSONL on standard output.
+        options: how text is scored.
+        fields: names of the input's columns.
+        format: of the input; by extension if ``auto``.
+        per_token: write `tokens` and `token_log_probs` too.
+        on_error: ``stop`` at the first row that cannot be scored (what was scored is kept), or write its error in the
+            `error` column and go on (``row``).
+        resume: continue an interrupted run.
+        overwrite: replace an existing output.
+        report: path of an HTML report.
+        settings: what else decides the numbers (model, dtype); a resumed run must agree with them.
+    """
+
+    source: str
+    output: str = "-"
+    options: ScoreOptions = field(default_factory=ScoreOptions)
+    fields: Fields = field(default_factory=Fields)
+    format: Format = "auto"
+    per_token: bool = False
+    on_error: Literal["stop", "row"] = "stop"
+    resume: bool = False
+    overwrite: bool = False
+    report: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def score_file(
+    job: ScoreJob,
+    model: TextModel | Callable[[], TextModel],
+    *,
+    stdin: BinaryIO | None = None,
+    stdout: TextIO | None = None,
+) -> RunSummary:
+    """Run a `ScoreJob`: input, output and options are checked before a model given as a function is loaded.
+
+    Raises:
+        InputError: for input, output or options that cannot be used.
+        RowError: under ``on_error="stop"``, at the first row that cannot be scored, after the rows before it were
+            committed.
+    """
+    rows = read_rows(job.source, fields=job.fields, format=job.format, stdin=stdin)
+    first = next(rows)  # a missing or empty input shows here, before anything is loaded or written
+    builder = _report(job) if job.report is not None else None
+    sink = open_sink(
+        job.output,
+        settings=_settings(job),
+        per_token=job.per_token,
+        resume=job.resume,
+        overwrite=job.overwrite,
+        stdout=stdout,
+    )
+    summary = RunSummary(resumed=sink.done_rows)
+    if sink.complete:
+        return summary
+    digest = InputDigest()
+    rest = _skip_done(chain([first], rows), sink, digest)
+    scorer = Scorer(model() if callable(model) else model, job.options)
+    summary.bos = scorer.encoder.describe_bos()
+    with bar("scoring", total=None, unit="rows") as advance:
+        advance(sink.done_rows)
+        for chunk in _chunks(rest):
+            scored = scorer.score_rows(chunk, per_token=job.per_token or builder is not None)
+            stop = _first_error(scored) if job.on_error == "stop" else None
+            kept = scored[:stop]
+            for read in chunk[:stop]:
+                digest.update(read)
+            if kept:
+                sink.commit([row if job.per_token else _brief(row) for row in kept], digest.hexdigest())
+            for row in kept:
+                summary.add(row)
+                if builder is not None:
+                    builder.add(row)
+            advance(len(kept))
+            if stop is not None:
+                raise _stopped(chunk[stop], scored[stop], summary, job)
+    sink.finish()
+    if builder is not None and job.report is not None:
+        builder.write(job.report)
+    return summary
+
+
+def _chunks(rows: Iterator[InputRow]) -> Iterator[list[InputRow]]:
+    chunk: list[InputRow] = []
+    characters = 0
+    for row in rows:
+        chunk.append(row)
+        characters += len(row.prompt) + len(row.completion)
+        if len(chunk) == CHUNK_ROWS or characters >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _skip_done(rows: Iterator[InputRow], sink: Sink, digest: InputDigest) -> Iterator[InputRow]:
+    """The rows after those already committed, which must still be what they were."""
+    done = 0
+    for row in islice(rows, sink.done_rows):
+        digest.update(row)
+        done += 1
+    if done < sink.done_rows or (done and digest.hexdigest() != sink.resume_digest):
+        raise InputError(
+            f"the first {sink.done_rows} rows of the input are not those of the interrupted run; restore them, or pass "
+            "--overwrite to start anew"
+        )
+    return rows
+
+
+def _first_error(scored: list[ScoredRow]) -> int | None:
+    return next((i for i, row in enumerate(scored) if row.error is not None and not row.skipped), None)
+
+
+def _stopped(row: InputRow, scored: ScoredRow, summary: RunSummary, job: ScoreJob) -> RowError:
+    kept = summary.resumed + summary.rows
+    after = "" if job.output == "-" or not kept else f" ({kept} rows before it are kept: mend it and pass --resume)"
+    return RowError(f"{scored.error}{after}", row=row.where)
+
+
+def _brief(row: ScoredRow) -> ScoredRow:
+    """The row without its tokens, which only the report asked for."""
+    return replace(row, tokens=None, token_log_probs=None)
+
+
+def _settings(job: ScoreJob) -> dict[str, Any]:
+    options = job.options
+    return {
+        **job.settings,
+        "boundary": options.boundary,
+        "bos": options.bos,
+        "overflow": options.overflow,
+        "stride": options.stride,
+        "max_batch_tokens": options.max_batch_tokens,
+        "on_error": job.on_error,
+    }
+
+
+def _report(job: ScoreJob) -> ReportBuilder:
+    facts = {"input": job.source, **{k: str(v) for k, v in _settings(job).items() if v is not None}}
+    return ReportBuilder(title="Log-likelihood report", subtitle=job.source, facts=facts)

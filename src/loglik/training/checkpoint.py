@@ -1,0 +1,83 @@
+"""Checkpoints without pickle: weights and optimizer state as safetensors, the rest as JSON, complete or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from loglik.errors import InputError
+
+__all__ = ["latest_checkpoint", "load_checkpoint", "save_checkpoint"]
+
+_STATE = "state.json"
+
+
+def save_checkpoint(
+    directory: Path, *, module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
+) -> Path:
+    """Write ``checkpoint-<step>`` under `directory`, visible only once complete; remove all but the `keep` newest."""
+    final = directory / f"checkpoint-{state['step']:08d}"
+    partial = directory / f".partial-{state['step']:08d}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
+    weights = {name: parameter.detach().contiguous().clone() for parameter, name in names.items()}
+    weights |= {f"buffer:{name}": buffer.contiguous().clone() for name, buffer in module.named_buffers()}
+    slots: dict[str, torch.Tensor] = {}
+    for parameter, entries in optimizer.state.items():
+        for slot, value in entries.items():
+            slots[f"{names[parameter]}:{slot}"] = torch.as_tensor(value).detach().contiguous().clone()
+    save_file(weights, partial / "weights.safetensors")
+    save_file(slots, partial / "optimizer.safetensors")
+    (partial / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+    for file in partial.iterdir():  # on disk before the name appears
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(partial, final)
+    for old in sorted(directory.glob("checkpoint-*"))[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def latest_checkpoint(directory: Path) -> Path | None:
+    """The newest complete checkpoint, or None."""
+    complete = [path for path in sorted(directory.glob("checkpoint-*")) if (path / _STATE).is_file()]
+    return complete[-1] if complete else None
+
+
+def load_checkpoint(path: Path, *, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Restore weights and optimizer in place; returns the saved state.
+
+    Raises:
+        InputError: for a damaged checkpoint, or one of another architecture.
+    """
+    try:
+        weights = load_file(path / "weights.safetensors")
+        slots = load_file(path / "optimizer.safetensors")
+        state: dict[str, Any] = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise InputError(f"checkpoint {path} cannot be read ({error}); remove it to resume from an older one") from None
+    parameters = dict(module.named_parameters())
+    wanted = set(parameters) | {f"buffer:{name}" for name, _ in module.named_buffers()}
+    shapes_differ = any(n in weights and weights[n].shape != p.shape for n, p in parameters.items())
+    if set(weights) != wanted or shapes_differ:
+        raise InputError(f"checkpoint {path} belongs to another architecture; give its own model or another output")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+        for name, buffer in module.named_buffers():
+            buffer.copy_(weights[f"buffer:{name}"])
+    for key, value in slots.items():
+        name, slot = key.rsplit(":", 1)
+        parameter = parameters[name]
+        optimizer.state[parameter][slot] = value if slot == "step" else value.to(parameter.device)
+    return state

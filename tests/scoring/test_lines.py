@@ -1,0 +1,33 @@
+"""Lines and their bits."""
+
+from __future__ import annotations
+
+import math
+
+from loglik.scoring.lines import ScoredLine, scored_lines
+
+LN2 = math.log(2)
+
+
+def test_bits_fall_on_the_line_of_the_visible_part():
+    tokens = ["a", "b\n", "\n", "\n  c", " d\n"]
+    log_probs = [None, -1 * LN2, -2 * LN2, -4 * LN2, -8 * LN2]
+    assert list(scored_lines(tokens, log_probs)) == [
+        ScoredLine(1, "ab", 1.0),
+        ScoredLine(2, "", 2.0),
+        ScoredLine(3, "", 0.0),
+        ScoredLine(4, "  c d", 12.0),
+    ]
+
+
+def test_lines_spell_the_text_and_lose_no_bit():
+    tokens = ["x = ", "1", "\n\n", "y", " = 2", "\nz"]
+    log_probs = [-0.5, -1.0, -0.25, -2.0, -3.0, -4.0]
+    lines = list(scored_lines(tokens, log_probs))
+    assert "\n".join(line.text for line in lines) == "".join(tokens)
+    assert [line.number for line in lines] == [1, 2, 3, 4]
+    assert math.fsum(line.bits for line in lines) == math.fsum(-v / LN2 for v in log_probs)
+
+
+def test_empty():
+    assert list(scored_lines([], [])) == []
