@@ -83,6 +83,8 @@ class ConstantKey:
     r"""Identity of the unknown constant of an UNNORMALIZED value: a formal sum :math:`\sum_i w_i c_i`.
 
     Two values whose formal sums cancel in a difference have no unknown constant left, and the difference is exact.
+    Weights cancel if they agree to 13 digits: what the rounding of the weights leaves of a constant is of the size of
+    the rounding of the value, which contains that constant.
     """
 
     terms: frozenset[tuple[str, float]]
@@ -100,6 +102,11 @@ class ConstantKey:
         """The sum of both, or None where nothing unknown is left."""
         weights = dict(self.terms)
         for name, weight in other.terms if other is not None else ():
-            weights[name] = weights.get(name, 0.0) + weight
+            before = weights.get(name, 0.0)
+            after = before + weight
+            weights[name] = after if abs(after) > 1e-13 * max(abs(before), abs(weight)) else 0.0
         left = frozenset((name, weight) for name, weight in weights.items() if weight != 0)
         return ConstantKey(left) if left else None
+
+    def __str__(self) -> str:
+        return "+".join(name if weight == 1 else f"{weight:g}*{name}" for name, weight in sorted(self.terms))

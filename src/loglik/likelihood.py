@@ -8,6 +8,7 @@ exact values is exact, the difference of two lower bounds is no bound at all.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +21,7 @@ from loglik.kinds import ConstantKey, DrawsKey, Kind, Unit
 __all__ = ["ConstantKey", "DrawsKey", "Kind", "LogLikelihood", "Measurement", "Unit"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Measurement:
     """A labelled quantity derived from log-likelihoods, such as bits per byte: `value` (B,), `kind`, `stderr` (B,)."""
 
@@ -68,6 +69,8 @@ class LogLikelihood:
     draws: DrawsKey | None = None
     constant: ConstantKey | None = None
     samples: Tensor | None = None
+
+    __array_ufunc__ = None  # else numpy scalars would iterate over the rows instead of asking `__rmul__`
 
     def __post_init__(self) -> None:
         if self.value.dim() != 1:
@@ -124,18 +127,20 @@ class LogLikelihood:
 
     @classmethod
     def cat(cls, parts: Sequence[LogLikelihood]) -> LogLikelihood:
-        """Concatenate rows of one kind and unit; per-unit terms are padded on the right to a common T.
+        """Concatenate rows of one kind, unit and constant; per-unit terms are padded on the right to a common T.
 
-        Samples are dropped; per-unit terms and standard errors are kept only where every part has them.
+        Samples are dropped; per-unit terms are kept only where every part has them. If any part has standard errors,
+        those of a part without (nothing was sampled) are 0.
+
+        Raises:
+            ValueError: for no parts at all, or parts with different labels.
         """
         if not parts:
             raise ValueError("nothing to concatenate: give at least one LogLikelihood")
         first = parts[0]
         for part in parts[1:]:
             if (part.kind, part.unit, part.constant) != (first.kind, first.unit, first.constant):
-                raise ValueError(
-                    f"cannot concatenate {first.kind}/{first.unit} with {part.kind}/{part.unit}: one label per object"
-                )
+                raise ValueError(f"cannot concatenate {first._label()} with {part._label()}: one label per object")
         per_unit = mask = stderr = draws = None
         terms = [(p.per_unit, p.mask) for p in parts if p.per_unit is not None and p.mask is not None]
         if len(terms) == len(parts):
@@ -164,10 +169,12 @@ class LogLikelihood:
 
     def __mul__(self, weight: float) -> LogLikelihood:
         """Scale by a finite number (a temperature, a beta); a negative one swaps the bounds."""
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
             return NotImplemented
         if weight == 0:
             raise ValueError("scaling a log-likelihood by 0 leaves nothing to label")
+        if not math.isfinite(weight):
+            raise ValueError(f"a log-likelihood can be scaled by a finite number only, got {weight}")
         return replace(
             self,
             value=self.value * weight,
@@ -184,6 +191,8 @@ class LogLikelihood:
         """Divide by a finite number other than 0."""
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             return NotImplemented
+        if weight == 0 or not math.isfinite(weight):
+            raise ValueError(f"a log-likelihood can be divided by a finite number other than 0 only, got {weight}")
         return self * (1.0 / weight)
 
     def __sub__(self, other: LogLikelihood) -> LogLikelihood:
@@ -238,8 +247,9 @@ class LogLikelihood:
     def total(self) -> LogLikelihood:
         """The sum over rows, as one row: the log-likelihood of independent sequences together.
 
-        An unknown constant enters once per row. Standard errors add in quadrature, or linearly where rows shared
-        their draws.
+        An unknown constant enters once per row. Standard errors add in quadrature; where rows shared their draws they
+        come from the samples, and without samples they add linearly. `num_units` is 0 if it is 0 for a row whose value
+        is not: such a row has no reading per unit, so the sum has none.
         """
         stderr = samples = None
         if self.samples is not None and self.draws is not None and self.draws.shared_by_rows:
@@ -248,14 +258,17 @@ class LogLikelihood:
         elif self.stderr is not None:
             linear = self.draws is not None and self.draws.shared_by_rows
             stderr = (self.stderr.sum() if linear else self.stderr.square().sum().sqrt()).reshape(1)
+        no_reading = ((self.num_units == 0) & (self.value != 0)).any()
+        constant = self.constant.scaled(float(len(self))) if self.constant is not None and len(self) else None
+        nothing_unknown = self.kind is Kind.UNNORMALIZED and constant is None  # the sum over no rows is 0
         return LogLikelihood(
             self.value.sum(dtype=torch.float64).to(self.value.dtype).reshape(1),
-            self.kind,
+            Kind.EXACT if nothing_unknown else self.kind,
             self.unit,
-            self.num_units.sum().reshape(1),
+            torch.where(no_reading, 0, self.num_units.sum()).reshape(1),
             stderr=stderr,
             draws=self.draws,
-            constant=None if self.constant is None else self.constant.scaled(float(len(self))),
+            constant=constant,
             samples=samples,
         )
 
@@ -309,7 +322,7 @@ class LogLikelihood:
         kind = mean.kind
         if kind is Kind.UNNORMALIZED:  # a constant factor, not a constant term, is unknown
             kind = Kind.SURROGATE
-        if kind is Kind.LOWER_BOUND and self.stderr is not None:
+        if kind is Kind.LOWER_BOUND and (self.stderr is not None or self.draws is not None):
             kind = Kind.SURROGATE
         value = mean.value.exp()
         return Measurement(value, kind, "perplexity", None if mean.stderr is None else value * mean.stderr)
@@ -320,12 +333,16 @@ class LogLikelihood:
 
     def __getitem__(self, index: int | slice | Tensor | Sequence[int]) -> LogLikelihood:
         """Rows by number, slice, index tensor or bool mask; one number gives an object of one row."""
+        if not isinstance(index, int | slice):
+            index = torch.as_tensor(index, device=self.value.device)
+            if index.dim() == 0:
+                index = operator.index(index)
+            elif index.numel() == 0 and index.dtype != torch.bool:  # an empty list becomes a float tensor
+                index = index.long()
         if isinstance(index, int):
             if not -len(self) <= index < len(self):
                 raise IndexError(f"row {index} of {len(self)}")
             index = slice(index, index + 1 or None)
-        elif not isinstance(index, slice | Tensor):
-            index = torch.as_tensor(index, device=self.value.device)
 
         def pick(field: Tensor | None) -> Tensor | None:
             return None if field is None else field[index]
@@ -354,9 +371,12 @@ class LogLikelihood:
         return [int(i) for i in bad.nonzero().flatten()]
 
     def __repr__(self) -> str:
-        extras = "" if self.constant is None else f", constant={'+'.join(sorted(n for n, _ in self.constant.terms))}"
+        extras = "" if self.constant is None else f", constant={self.constant}"
         units = _brief([str(int(n)) for n in self.num_units[:_SHOWN]], len(self))
         return f"LogLikelihood({_show(self.value, self.stderr)} nats, {self.kind}, {self.unit}s={units}{extras})"
+
+    def _label(self) -> str:
+        return f"{self.kind}/{self.unit}" + ("" if self.constant is None else f" (constant {self.constant})")
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> LogLikelihood:
         names = ("value", "num_units", "per_unit", "mask", "stderr", "samples")

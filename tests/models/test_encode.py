@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from zoo import bert_tokenizer, byte_level_tokenizer, llama_tokenizer, t5_tokenizer
 
 from loglik.errors import InputError, RowError
 from loglik.models.encode import TextEncoder
+from zoo import bert_tokenizer, byte_level_tokenizer, llama_tokenizer, t5_tokenizer
 
 BYTES = byte_level_tokenizer()
 NO_BOS = byte_level_tokenizer(bos=False)

@@ -6,11 +6,11 @@ from itertools import product
 
 import pytest
 import torch
-from zoo import CAUSAL, SEQ2SEQ, build
 
 from loglik.models.batch import TokenBatch
 from loglik.models.causal import CausalLM
 from loglik.models.seq2seq import Seq2SeqLM
+from zoo import CAUSAL, SEQ2SEQ, build
 
 VOCABULARY, EOS, LONGEST = 5, 2, 4
 

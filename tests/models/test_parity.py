@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from zoo import CAUSAL, MASKED, SEQ2SEQ, build
 
 from loglik.kinds import Kind
 from loglik.models.batch import TokenBatch
 from loglik.models.causal import CausalLM
 from loglik.models.masked import MaskedLM
 from loglik.models.seq2seq import Seq2SeqLM
+from zoo import CAUSAL, MASKED, SEQ2SEQ, build
 
 NATS = 1e-4  # per sequence, float32
 VOCABULARY = 50
@@ -165,7 +167,7 @@ def test_masked_equals_naive_loop(name, variant):
 
     expected = torch.tensor(
         [
-            naive_masked(raw, row, range(start, len(row)), mask_id, lambda t, n=len(row): together(t, n))
+            naive_masked(raw, row, range(start, len(row)), mask_id, partial(together, length=len(row)))
             for row, start in zip(rows, starts, strict=True)
         ]
     )

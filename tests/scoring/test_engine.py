@@ -7,7 +7,6 @@ import random
 
 import pytest
 import torch
-from zoo import CAUSAL, MASKED, SEQ2SEQ, bert_tokenizer, build, byte_level_tokenizer, llama_tokenizer, t5_tokenizer
 
 from loglik.errors import InputError, RowError
 from loglik.kinds import Kind, Unit
@@ -17,6 +16,7 @@ from loglik.models.seq2seq import Seq2SeqLM
 from loglik.scoring.engine import ScoreOptions, Scorer
 from loglik.scoring.rows import InputRow
 from loglik.scoring.score import score
+from zoo import CAUSAL, MASKED, SEQ2SEQ, bert_tokenizer, build, byte_level_tokenizer, llama_tokenizer, t5_tokenizer
 
 BYTES = byte_level_tokenizer()
 WORDS = ["hello", "the", "answer", "is", "so", "42", "é", "漢字", "yes,", "\n", "then", "there"]
@@ -90,11 +90,11 @@ def test_rows_do_not_depend_on_each_other(make, tokenizer):
 
 
 def test_prompt_and_completion_obey_the_chain_rule():
-    """log p(prompt) + log p(completion | prompt) = log p(prompt completion) where the boundary is aligned."""
+    """log p(prompt) + log p(completion | prompt) = log p(prompt completion), BOS before all, at an aligned boundary."""
     model = gpt2()
-    whole = score(model, ["The answer is 42"])
-    first = score(model, ["The answer"])
-    second = score(model, [("The answer", " is 42")])
+    whole = score(model, ["The answer is 42"], bos="always")
+    first = score(model, ["The answer"], bos="always")
+    second = score(model, [("The answer", " is 42")], bos="always")
     assert (first + second).value.item() == pytest.approx(whole.value.item(), abs=1e-4)
 
 
@@ -117,9 +117,9 @@ def naive_windows(model: CausalLM, ids: list[int], stride: int) -> tuple[float, 
 
 @pytest.mark.parametrize("stride", [1, 7, 32, 64])
 def test_windows_equal_a_naive_rolling_loop(stride):
-    """BOS stands in every window (lm-evaluation-harness #2382), no token is scored twice or lost (transformers #34138)."""
+    """BOS in every window (lm-evaluation-harness #2382), no token scored twice or lost (transformers #34138)."""
     model = gpt2()
-    text = " ".join(random.Random(3).choices(WORDS, k=70))
+    text = " ".join(random.Random(3).choices(WORDS, k=170))
     ids = BYTES(text, add_special_tokens=False)["input_ids"]
     assert len(ids) > 2 * model.max_length
     effective = min(stride, model.max_length - 1)
@@ -152,7 +152,7 @@ def test_a_row_as_long_as_the_context_fits_and_one_more_does_not():
     assert len(BYTES(word * 3, add_special_tokens=False)["input_ids"]) == 3
     fits = score(model, [word * model.max_length])  # BOS, then as many tokens: the last one is only a target
     assert fits.num_units.item() == model.max_length
-    with pytest.raises(RowError, match=r"row 0: has 66 tokens and the model's context is 64: shorten it, or pass"):
+    with pytest.raises(RowError, match=r"row 0: has 66 tokens and the model's context is 64: shorten it, or set"):
         score(model, [word * (model.max_length + 1)])
 
 

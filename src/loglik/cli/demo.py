@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Demo"]
 
+_LINE_WIDTH = 48
+
 
 @dataclass(frozen=True)
 class Demo:
@@ -104,18 +106,18 @@ def _cells(files: int, size: int, tokens: int, nats: float) -> list[str]:
 
 
 def _surprises(rows: list[tuple[Document, ScoredRow]], count: int) -> Table:
-    """The lines that cost the most bits."""
+    """The lines that cost the most bits, as they stand in the files."""
     from loglik.scoring.lines import scored_lines
 
     every = (
-        (line, document.name)
-        for document, row in rows
-        for line in scored_lines(row.tokens or [], row.token_log_probs or [])
+        (line, document) for document, row in rows for line in scored_lines(row.tokens or [], row.token_log_probs or [])
     )
     table = Table(title="Most surprising lines", title_justify="left", box=None, pad_edge=False)
-    table.add_column("bits", justify="right")
+    table.add_column("bits", justify="right", no_wrap=True)
     table.add_column("where", no_wrap=True)
     table.add_column("line", no_wrap=True, overflow="ellipsis")
-    for line, name in heapq.nlargest(count, every, key=lambda pair: pair[0].bits):
-        table.add_row(f"{line.bits:.0f}", f"{name}:{line.number}", Text(line.text.strip()))
+    for line, document in heapq.nlargest(count, every, key=lambda pair: pair[0].bits):
+        text = document.text.split("\n")[line.number - 1].strip()
+        # A terminal may be narrow: the numbers must not give way to a long line.
+        table.add_row(f"{line.bits:.0f}", f"{document.name}:{line.number}", Text(text[:_LINE_WIDTH]))
     return table

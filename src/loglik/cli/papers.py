@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.padding import Padding
+from rich.text import Text
 
 from loglik.errors import InputError
 from loglik.papers.catalogue import Paper, papers, search, status, verdict
@@ -32,7 +33,7 @@ class Papers:
     limit: Annotated[int | None, tyro.conf.arg(aliases=["-n"])] = None
     """At most this many."""
     json: bool = False
-    """One JSON object per line instead of a table."""
+    """One JSON object per line instead of text."""
     reproductions: Path = Path("reproductions")
     """Where the reproductions' results lie."""
 
@@ -48,7 +49,7 @@ class Papers:
         if self.json:
             self._print_json(chosen)
         else:
-            self._print_table(chosen)
+            self._print_blocks(chosen)
 
     def _print_json(self, chosen: list[Paper]) -> None:
         console = Console(soft_wrap=True, markup=False, highlight=False)
@@ -56,17 +57,19 @@ class Papers:
             record = asdict(paper) | {"status": status(paper), "verdict": verdict(paper, self.reproductions)}
             console.print(json.dumps(record, ensure_ascii=False))
 
-    def _print_table(self, chosen: list[Paper]) -> None:
-        table = Table(box=None, pad_edge=False, header_style="bold", row_styles=["", "dim"])
-        for name in ("paper", "arXiv", "month", "kind", "status", "verdict"):
-            table.add_column(name, no_wrap=True)
-        table.add_column("what it computes", overflow="fold")
+    def _print_blocks(self, chosen: list[Paper]) -> None:
+        console = Console(markup=False, highlight=False)
         for paper in chosen:
-            row = [paper.id, paper.arxiv or "", paper.month, paper.kind, status(paper)]
-            text = f"{paper.title}\n{paper.description}\nclaim: {paper.claim}\nhere: {', '.join(paper.surface)}"
-            table.add_row(*row, verdict(paper, self.reproductions), text)
-        console = Console(markup=False)
-        console.print(table)
+            facts = [f"arXiv {paper.arxiv}", paper.month, paper.kind, status(paper), verdict(paper, self.reproductions)]
+            console.print(Text(f"{paper.id}  {paper.title}", style="bold"))
+            details = [
+                " · ".join(facts),
+                paper.description,
+                f"claim: {paper.claim}",
+                f"here: {', '.join(paper.surface)}",
+            ]
+            for line in details:
+                console.print(Padding(line, (0, 0, 0, 6)))
         states = [status(p) for p in papers()]
         console.print(
             f"{len(chosen)} of {len(states)} papers; of all, {states.count('implemented')} implemented, "

@@ -21,7 +21,7 @@ __all__ = ["Score"]
 class Score:
     """Score texts, or completions given prompts: one labelled log-likelihood per row."""
 
-    input: Annotated[str, tyro.conf.Positional]
+    input: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="INPUT")]
     """A .jsonl, .parquet, .csv or .txt file (one text per line), or - for JSONL on standard input."""
     model: Annotated[str, tyro.conf.arg(aliases=["-m"])]
     """tiny, a directory written by save_pretrained, or a name on the model hub."""

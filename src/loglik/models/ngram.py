@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from loglik.errors import InputError, RowError
 from loglik.kinds import DrawsKey, Kind, Unit
@@ -316,6 +316,6 @@ def _read_tokenizer(source: Path) -> Any:
     if not (source / "tokenizer.json").is_file():
         raise InputError(f"{str(source)!r} has no tokenizer.json; copy the whole directory of the model")
     try:
-        return PreTrainedTokenizerFast.from_pretrained(str(source))
+        return AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
     except Exception:  # the tokenizers library raises bare Exception for a damaged file
         raise InputError(f"the tokenizer in {str(source)!r} is damaged or truncated; copy it again") from None

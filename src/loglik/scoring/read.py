@@ -344,7 +344,7 @@ def _csv_records(lines: Iterator[bytes], delimiter: str, fields: Fields, name: s
             continue
         if cells is None:
             return
-        if not cells:  # a blank line
+        if not cells or (not header and not "".join(cells).strip()):  # a blank line
             continue
         if not header:
             header = cells

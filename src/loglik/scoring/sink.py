@@ -417,6 +417,7 @@ class _PartsSink:
         try:
             manifest: dict[str, Any] = json.loads(self._manifest.read_text(encoding="utf-8"))
             sound = manifest["version"] == _VERSION and manifest["state"] in ("open", "merging")
+            sound = sound and isinstance(manifest["settings"], dict) and isinstance(manifest["columns"], list)
         except (ValueError, KeyError, TypeError):
             sound = False
         if not sound:
@@ -473,7 +474,7 @@ class _PartsSink:
 
     def _unwritable(self, error: Exception) -> InputError:
         return InputError(
-            f"{self._output} cannot be written ({_reason(error)}): mend that and pass --resume, for the rows so far are kept"
+            f"{self._output} cannot be written ({_reason(error)}): mend that and pass --resume, which keeps the rows so far"
         )
 
 

@@ -123,4 +123,4 @@ def _whole_pair(text: EncodedText, max_length: int | None, overflow: OverflowPol
 def _too_long(problem: str, overflow: OverflowPolicy, windows_help: str) -> RowError:
     if overflow == "skip":
         return RowError(f"skipped: {problem}", skipped=True)
-    return RowError(f"{problem}: shorten it, or pass --overflow {windows_help}'skip' to leave such rows out")
+    return RowError(f"{problem}: shorten it, or set overflow to {windows_help}'skip' to leave such rows out")

@@ -1,0 +1,5 @@
+"""``python -m loglik``."""
+
+from loglik.cli import main
+
+main()
