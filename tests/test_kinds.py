@@ -117,9 +117,7 @@ def _worth(key: ConstantKey | None, constants: dict[str, float]) -> float:
 
 @LAW
 @given(a=maybe_sums, b=maybe_sums, c=maybe_sums)
-def test_formal_sums_form_an_abelian_group(
-    a: ConstantKey | None, b: ConstantKey | None, c: ConstantKey | None
-) -> None:
+def test_formal_sums_form_an_abelian_group(a: ConstantKey | None, b: ConstantKey | None, c: ConstantKey | None) -> None:
     assert _plus(a, b) == _plus(b, a)
     assert _plus(_plus(a, b), c) == _plus(a, _plus(b, c))
     assert _plus(a, None) == a

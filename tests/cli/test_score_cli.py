@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
-from zoo import CAUSAL, MASKED, SEQ2SEQ, bert_tokenizer, build, byte_level_tokenizer, t5_tokenizer
 
 from loglik.cli import main
 from loglik.scoring.rows import COLUMNS
+from zoo import CAUSAL, MASKED, SEQ2SEQ, bert_tokenizer, build, byte_level_tokenizer, t5_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +89,7 @@ def test_rows_on_standard_output(cli, tmp_path):
 
 @pytest.mark.parametrize("extension", ["jsonl", "parquet", "csv"])
 def test_every_output_format_has_the_same_rows(cli, tmp_path, extension):
-    source = write(tmp_path / "in.jsonl", GOOD, {"text": "hello, \"world\"\n"})
+    source = write(tmp_path / "in.jsonl", GOOD, {"text": 'hello, "world"\n'})
     assert cli(source, "--output", tmp_path / "a.jsonl", "--per-token")[0] == 0
     assert cli(source, "--output", tmp_path / f"b.{extension}", "--per-token")[0] == 0
     expected = rows_of((tmp_path / "a.jsonl").read_text(encoding="utf-8"))

@@ -11,6 +11,7 @@ from loglik.kinds import DrawsKey, Kind, Unit
 from loglik.likelihood import LogLikelihood
 from loglik.models.batch import TokenBatch
 from loglik.models.encode import Layout
+from loglik.models.sampling import ancestral_samples
 from loglik.models.tokens import greedy_match, selected_log_probs
 
 if TYPE_CHECKING:
@@ -112,29 +113,7 @@ class CausalLM:
         No temperature, no truncation: the sampled distribution is the one that `log_prob` scores. The completion
         (EOS included) is scored in the returned batch.
         """
-        prompt = self._bos_prompt() if prompt is None else prompt
-        rows = [
-            ids[real].tolist() for ids, real in zip(prompt.ids, prompt.attention_mask, strict=True) for _ in range(n)
-        ]
-        starts = [len(row) for row in rows]
-        eos = getattr(self.tokenizer, "eos_token_id", None)
-        live = list(range(len(rows)))
-        for _ in range(max_tokens):
-            if not live:
-                break
-            batch = TokenBatch.from_lists([rows[i] for i in live])
-            probs = self.next_log_probs(batch).exp().cpu()
-            drawn = torch.multinomial(probs, 1, generator=generator).flatten().tolist()
-            for i, token in zip(live, drawn, strict=True):
-                rows[i].append(token)
-            live = [i for i, token in zip(live, drawn, strict=True) if token != eos]
-        return TokenBatch.from_lists(rows, starts=starts)
-
-    def _bos_prompt(self) -> TokenBatch:
-        bos = getattr(self.tokenizer, "bos_token_id", None)
-        if bos is None:
-            raise ValueError("sampling without a prompt needs a tokenizer with a BOS token; give a prompt")
-        return TokenBatch.from_lists([[bos]])
+        return ancestral_samples(self, n, prompt=prompt, generator=generator, max_tokens=max_tokens)
 
     def _logits(self, ids: Tensor) -> Tensor:
         """(B, T, V). Padding stands on the right, where causal attention cannot see it: no mask is needed."""

@@ -20,7 +20,7 @@ from loglik.errors import InputError, RowError
 from loglik.kinds import DrawsKey, Kind, Unit
 from loglik.likelihood import LogLikelihood
 from loglik.models.batch import TokenBatch
-from loglik.models.encode import check_text
+from loglik.models.encode import Layout, check_text
 from loglik.models.kneser_ney import KneserNey, NGramCounts, count_ngrams
 from loglik.models.sampling import ancestral_samples
 
@@ -50,7 +50,7 @@ class NGramLM:
 
     kind = Kind.EXACT
     unit = Unit.TOKEN
-    layout = "causal"
+    layout: Layout = "causal"
     max_length: int | None = None
 
     def __init__(self, smoothing: KneserNey, tokenizer: Any) -> None:

@@ -55,7 +55,7 @@ class ChainRule(Protocol):
     r"""Per-unit conditionals :math:`p(x_t \mid x_{<t}, c)` exist."""
 
     def next_log_probs(self, prefix: TokenBatch) -> Tensor:
-        """(B, V) normalised log-probabilities of the token after each row of `prefix`, float32, nats."""
+        """(B, V) normalised log-probabilities of the token after each row of `prefix`, float32 or better, nats."""
 
 
 @runtime_checkable

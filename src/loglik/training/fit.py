@@ -105,8 +105,9 @@ def fit(
     try:
         with bar("training", total=config.steps - start, unit="steps") as advance:
             for step in range(start, config.steps):
-                seed_step(config.seed, step, accelerator.process_index)
                 micro = [next(batches) for _ in range(per_step)]
+                # After loading: opening the loader draws random numbers, and only a run's first step does that.
+                seed_step(config.seed, step, accelerator.process_index)
                 loss, norm, metrics = _step(model, objective, micro, optimizer, accelerator, config, step)
                 advance(1, f"loss {loss:.4f}")
                 last = step + 1 == config.steps
