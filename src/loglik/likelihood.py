@@ -94,8 +94,10 @@ class LogLikelihood:
                 raise ValueError(f"mask must be bool, got {self.mask.dtype}")
         if (self.constant is not None) != (self.kind is Kind.UNNORMALIZED):
             raise ValueError(f"a constant belongs to UNNORMALIZED values and to no other; kind is {self.kind}")
-        if self.samples is not None and (self.samples.dim() != 2 or self.samples.shape[1] != rows):
-            raise ValueError(f"samples must have shape (S, {rows}), got {tuple(self.samples.shape)}")
+        if self.samples is not None and (
+            self.samples.dim() != 2 or self.samples.shape[1] != rows or self.samples.shape[0] == 0
+        ):
+            raise ValueError(f"samples must have shape (S, {rows}) with S > 0, got {tuple(self.samples.shape)}")
 
     # ------------------------------------------------------------------ construction
     @classmethod
@@ -393,6 +395,8 @@ _SHOWN = 4
 
 
 def _stderr_of_mean(samples: Tensor) -> Tensor:
+    if samples.shape[1] == 0:  # torch warns about the spread of nothing
+        return torch.zeros_like(samples[0])
     if samples.shape[0] == 1:
         return torch.full_like(samples[0], math.inf)
     return samples.detach().std(0, correction=1) / math.sqrt(samples.shape[0])

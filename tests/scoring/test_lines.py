@@ -9,14 +9,13 @@ from loglik.scoring.lines import ScoredLine, scored_lines
 LN2 = math.log(2)
 
 
-def test_bits_fall_on_the_line_of_the_visible_part():
-    tokens = ["a", "b\n", "\n", "\n  c", " d\n"]
+def test_bits_fall_on_the_line_that_a_token_starts_on():
+    tokens = ["a", "b\n", "\n", "  c", " d\n"]
     log_probs = [None, -1 * LN2, -2 * LN2, -4 * LN2, -8 * LN2]
     assert list(scored_lines(tokens, log_probs)) == [
-        ScoredLine(1, "ab", 1.0),
-        ScoredLine(2, "", 2.0),
-        ScoredLine(3, "", 0.0),
-        ScoredLine(4, "  c d", 12.0),
+        ScoredLine(1, "ab", 1.0, 1, 2),
+        ScoredLine(2, "", 2.0, 1, 1),
+        ScoredLine(3, "  c d", 12.0, 2, 6),
     ]
 
 
@@ -27,6 +26,13 @@ def test_lines_spell_the_text_and_lose_no_bit():
     assert "\n".join(line.text for line in lines) == "".join(tokens)
     assert [line.number for line in lines] == [1, 2, 3, 4]
     assert math.fsum(line.bits for line in lines) == math.fsum(-v / LN2 for v in log_probs)
+    assert sum(line.num_bytes or 0 for line in lines) == len("".join(tokens))
+
+
+def test_bytes_of_a_part_of_a_character_are_unknown():
+    line = next(scored_lines(["\ufffd", "\ufffd", "x"], [-1.0, -1.0, -1.0]))
+    assert line.num_bytes is None
+    assert line.num_tokens == 3
 
 
 def test_empty():

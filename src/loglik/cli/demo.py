@@ -54,6 +54,7 @@ class Demo:
                 "BOS": scorer.encoder.describe_bos(),
                 "overflow": f"windows, stride {(model.max_length or 0) // 2}",
             },
+            max_tokens=120_000,
         )
         rows = []
         with bar("scoring", total=len(documents), unit="files") as advance:

@@ -4,37 +4,54 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 __all__ = ["ScoredLine", "scored_lines"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ScoredLine:
-    """One line of a text: its `number` from 1, its `text`, and the `bits` of the tokens that begin in it."""
+    """One line of a text and the tokens that start on it.
+
+    Args:
+        number: from 1.
+        text: without its line break.
+        bits: of the scored tokens that start on the line.
+        num_tokens: how many they are.
+        num_bytes: UTF-8 bytes of those tokens; None where one is only part of a character, so that they are unknown.
+    """
 
     number: int
-    text: str
-    bits: float
+    text: str = ""
+    bits: float = 0.0
+    num_tokens: int = 0
+    num_bytes: int | None = field(default=0)
+
+    def _count(self, token: str, log_prob: float | None) -> None:
+        if log_prob is None:
+            return
+        self.bits -= log_prob / math.log(2)
+        self.num_tokens += 1
+        if "\ufffd" in token:
+            self.num_bytes = None
+        elif self.num_bytes is not None:
+            self.num_bytes += len(token.encode("utf-8", "surrogatepass"))
 
 
 def scored_lines(tokens: Sequence[str], log_probs: Sequence[float | None]) -> Iterator[ScoredLine]:
-    """Lines of the text that `tokens` spell; a token counts for the line in which its first visible character stands.
+    """Lines of the text that `tokens` spell; a token counts for the line that it starts on.
 
     Args:
         tokens: text of each token.
-        log_probs: nats of each token, None where not scored (counted as 0 bits).
+        log_probs: nats of each token, None where not scored.
     """
-    number, parts, bits = 1, [""], 0.0
+    line = ScoredLine(1)
     for token, log_prob in zip(tokens, log_probs, strict=True):
-        cost = -log_prob / math.log(2) if log_prob is not None else 0.0
-        pieces = token.split("\n")
-        visible = next((i for i, piece in enumerate(pieces) if piece.strip()), 0)
-        for i, piece in enumerate(pieces):
-            if i > 0:
-                yield ScoredLine(number, "".join(parts), bits)
-                number, parts, bits = number + 1, [], 0.0
-            parts.append(piece)
-            bits += cost if i == visible else 0.0
-    if "".join(parts):
-        yield ScoredLine(number, "".join(parts), bits)
+        line._count(token, log_prob)
+        first, *more = token.split("\n")
+        line.text += first
+        for piece in more:
+            yield line
+            line = ScoredLine(line.number + 1, piece)
+    if line.text or line.num_tokens:
+        yield line

@@ -26,6 +26,7 @@ import torch
 from loglik.errors import InputError, RowError
 from loglik.kinds import ConstantKey, Kind, Unit
 from loglik.likelihood import LogLikelihood, Measurement
+from loglik.scoring.lines import scored_lines
 from loglik.scoring.rows import ScoredRow
 
 __all__ = ["ReportBuilder"]
@@ -329,30 +330,13 @@ def _unusable(row: ScoredRow) -> str | None:
 
 
 def _lines(number: int, kept: _HeatMap) -> Iterator[_Line]:
-    """Lines with scored tokens; a token counts for the line that it starts on."""
-    line, bits, size, scored = 0, 0.0, 0, False
-    text: list[str] = []
-    partial_character = False
-
-    def finish() -> _Line:
-        shown = "".join(text).strip()[:_MAX_LINE_CHARS]
-        return _Line(number, line, bits, None if partial_character else size, shown)
-
-    for token, term in zip(kept.tokens, kept.log_probs, strict=True):
-        if term is not None:
-            bits -= term / math.log(2)
-            size += len(token.encode("utf-8", "surrogatepass"))
-            partial_character |= "\ufffd" in token
-            scored = True
-        first, *more = token.split("\n")
-        text.append(first)
-        for piece in more:
-            if scored:
-                yield finish()
-            line, bits, size, scored, partial_character = line + 1, 0.0, 0, False, False
-            text = [piece]
-    if scored and len(kept.tokens) == kept.num_tokens:  # the last line of a row shown in part is not whole
-        yield finish()
+    """Lines with scored tokens; the last line of a row shown in part is not whole and left out."""
+    whole = len(kept.tokens) == kept.num_tokens
+    last = "".join(kept.tokens).count("\n") + 1
+    for line in scored_lines(kept.tokens, kept.log_probs):
+        if line.num_tokens and (whole or line.number < last):
+            text = line.text.strip()[:_MAX_LINE_CHARS]
+            yield _Line(number, line.number - 1, line.bits, line.num_bytes, text)
 
 
 def _encode_measurement(measured: Measurement) -> dict[str, Any]:

@@ -473,9 +473,7 @@ class _PartsSink:
         self._state = None
 
     def _unwritable(self, error: Exception) -> InputError:
-        return InputError(
-            f"{self._output} cannot be written ({_reason(error)}): mend that and pass --resume, which keeps the rows so far"
-        )
+        return InputError(f"{self._output} cannot be written ({_reason(error)}): mend that and go on with --resume")
 
 
 def _reason(error: Exception) -> str:
