@@ -53,7 +53,7 @@ bench: $(VENV)/.dev
 reproduce: $(VENV)/.dev
 	$(BIN)/python reproductions/run_all.py
 
-# Trains the embedded models from scratch (one to two hours on two cores) and installs them into the package.
+# Trains the embedded models from scratch (about an hour on two idle cores; resumes) and installs them into the package.
 tiny-models: $(VENV)/.core
 	$(BIN)/python recipes/tiny/train.py --install src/loglik/models/embedded/tiny
 

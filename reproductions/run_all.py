@@ -1,4 +1,4 @@
-"""Run every reproduction: one folder each, with a ``run.py`` whose `main` writes ``results.json`` and returns a verdict.
+"""Run every reproduction: a folder each, whose ``run.py`` writes ``results.json`` and returns a verdict.
 
 make reproduce                                  # all
 python reproductions/run_all.py embedded_tiny   # by folder

@@ -1,6 +1,6 @@
 """Train loglik.load("tiny"): a small Llama-shaped causal LM on the standard library's own text.
 
-    make tiny-models            # about an hour and a half on two cores; resumes where it stopped
+    make tiny-models            # about an hour on two idle cores; resumes where it stopped
 
 Two phases of one maximum-likelihood run: short contexts at a constant learning rate, then the full context while the
 learning rate decays to zero. Everything is seeded; data, steps, time and the curve are written to ``record.json``.
@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import shutil
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,8 +23,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loglik.models.causal import CausalLM
+from loglik.models.load import load
 from loglik.models.stdlib_text import HELD_OUT, Document, stdlib_documents
 from loglik.objectives import MaximumLikelihood
+from loglik.scoring.engine import ScoreOptions, Scorer
+from loglik.scoring.rows import InputRow
 from loglik.training import TokenBlocks, TrainConfig, fit
 
 SPECIAL = "<|endoftext|>"
@@ -78,7 +81,7 @@ def train_tokenizer(documents: list[Document], vocabulary: int) -> PreTrainedTok
 
 def token_stream(tokenizer: PreTrainedTokenizerFast, documents: list[Document]) -> np.ndarray:
     """All documents as one stream, each after one separator."""
-    encoded = tokenizer([d.text for d in documents], add_special_tokens=False)["input_ids"]
+    encoded = tokenizer([d.text for d in documents], add_special_tokens=False, verbose=False)["input_ids"]
     return np.concatenate([np.array([tokenizer.bos_token_id, *ids], dtype=np.int32) for ids in encoded])
 
 
@@ -146,34 +149,50 @@ def main(recipe: Recipe) -> None:
     final = recipe.output / "final"
     model.model.to(torch.bfloat16).save_pretrained(final)
     tokenizer.save_pretrained(final)
+    # The name that older versions of transformers know, too.
+    settings_file = final / "tokenizer_config.json"
+    settings_file.write_text(
+        json.dumps(json.loads(settings_file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2)
+        + "\n"
+    )
+    logs = [(recipe.output / f"phase{phase}" / "log.jsonl").read_text().splitlines() for phase in (1, 2)]
+    curve = [
+        {"phase": phase, **{k: line[k] for k in ("step", "loss", "validation") if k in line}}
+        for phase, lines in enumerate(logs, start=1)
+        for line in map(json.loads, lines)
+        if line["step"] % 50 == 0
+    ]
     record = {
-        "recipe": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(recipe).items()},
+        "recipe": {k: v for k, v in asdict(recipe).items() if not isinstance(v, Path) and v is not None},
         "python": platform.python_version(),
         "torch": torch.__version__,
         "parameters": sum(p.numel() for p in model.model.parameters()),
         "documents": len(train),
+        "characters": sum(len(d.text) for d in train),
         "corpus_sha256": hashlib.sha256("\0".join(d.name + "\0" + d.text for d in train).encode()).hexdigest(),
         "held_out_modules": list(HELD_OUT),
         "tokens": sizes,
-        "epochs": sum(recipe.steps) * recipe.tokens_per_step / sizes["train"],
-        "seconds": seconds,
-        "curve": [
-            json.loads(x) for p in (1, 2) for x in (recipe.output / f"phase{p}/log.jsonl").read_text().splitlines()
-        ],
+        "epochs": round(sum(recipe.steps) * recipe.tokens_per_step / sizes["train"], 3),
+        "minutes": [round(s / 60, 1) for s in seconds],
+        "held_out_bits_per_byte": held_out_bits_per_byte(final),
+        "curve": curve,
     }
-    (recipe.output / "record.json").write_text(json.dumps(record, indent=1))
+    (recipe.output / "record.json").write_text(json.dumps(record, indent=1) + "\n")
     if recipe.install is not None:
         recipe.install.mkdir(parents=True, exist_ok=True)
-        for name in (
-            "config.json",
-            "generation_config.json",
-            "model.safetensors",
-            "tokenizer.json",
-            "tokenizer_config.json",
-        ):
-            shutil.copy(final / name, recipe.install / name)
+        for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json"):
+            shutil.copyfile(final / name, recipe.install / name)
+        shutil.copyfile(settings_file, recipe.install / settings_file.name)
+        shutil.copyfile(recipe.output / "record.json", Path(__file__).parent / "record.json")
+
+
+def held_out_bits_per_byte(directory: Path) -> float:
+    """Of the weights as they are shipped, in float32, with windows of half the context."""
+    scorer = Scorer(load(directory, device="cpu"), ScoreOptions(overflow="window"))
+    rows = scorer.score_rows([InputRow(d.name, d.name, "", d.text) for d in stdlib_documents("held_out")])
+    nats = math.fsum(row.log_prob or 0.0 for row in rows)
+    return -nats / math.log(2) / sum(row.num_bytes or 0 for row in rows)
 
 
 if __name__ == "__main__":
     main(tyro.cli(Recipe))
-    sys.exit(0)

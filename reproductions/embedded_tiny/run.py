@@ -38,9 +38,8 @@ def main() -> str:
     tolerance = 1e-3 if same_python else 0.05
     verdict = "reproduced" if abs(tiny - claimed) <= tolerance and tiny < ngram else "not reproduced"
     print(f"claim: tiny codes the held-out modules at {claimed:.4f} bits per byte (Python {record['python']})")
-    print(
-        f"measured: tiny {tiny:.4f}, byte 5-gram {ngram:.4f} (Python {platform.python_version()}), tolerance {tolerance}"
-    )
+    here = platform.python_version()
+    print(f"measured: tiny {tiny:.4f}, byte 5-gram {ngram:.4f} (Python {here}), tolerance {tolerance}")
     results = {
         "claimed": claimed,
         "tiny": tiny,
