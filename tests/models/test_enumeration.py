@@ -50,17 +50,22 @@ def test_next_log_probs_are_the_terms_of_log_prob(name):
     assert nexts[1, 3].item() == pytest.approx(terms[1, 2].item(), abs=1e-5)
 
 
-def test_sampling_follows_the_scored_distribution():
+class Ends:
+    """All that sampling asks of a tokenizer."""
+
+    eos_token_id = EOS
+    bos_token_id = 1
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_sampling_follows_the_scored_distribution(name):
     """Chi-square of 20,000 ancestral samples against the enumerated distribution, at level 1e-3, fixed seed."""
     from scipy.stats import chisquare
 
-    raw = build(CAUSAL["llama"], VOCABULARY)
-
-    class Ends:
-        eos_token_id = EOS
-        bos_token_id = 1
-
-    model = CausalLM(raw, Ends())
+    if name in CAUSAL:
+        model = CausalLM(build(CAUSAL[name], VOCABULARY), Ends())
+    else:
+        model = Seq2SeqLM(build(SEQ2SEQ[name], VOCABULARY), Ends())
     draws = 20_000
     prompt = TokenBatch.from_lists([[1, 3]])
     batch = model.sample(draws, prompt=prompt, max_tokens=3, generator=torch.Generator().manual_seed(0))
@@ -82,3 +87,10 @@ def test_sampling_follows_the_scored_distribution():
     observed = torch.cat([counts[order[:pooled]].sum().reshape(1), counts[order[pooled:]]])
     wanted = torch.cat([expected[order[:pooled]].sum().reshape(1), expected[order[pooled:]]])
     assert chisquare(observed.numpy(), wanted.numpy()).pvalue > 1e-3
+
+
+def test_sampling_without_anything_to_start_from():
+    with pytest.raises(ValueError, match="needs a tokenizer with a BOS token"):
+        CausalLM(build(CAUSAL["gpt2"], VOCABULARY)).sample(1)
+    with pytest.raises(ValueError, match="given a source"):
+        Seq2SeqLM(build(SEQ2SEQ["t5"], VOCABULARY)).sample(1)

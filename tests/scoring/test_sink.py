@@ -370,17 +370,19 @@ def test_a_second_run_to_the_same_output_stops_at_its_first_part(tmp_path: Path)
 
 
 # ---------------------------------------------------------------------- killed at every step
-# One process imports the sink once and forks: each child is killed just before the n-th line that runs in sink.py, then
-# (every third time) a resumed child is killed too, and a last child resumes to the end. It stops at the n that is past
-# the end of an undisturbed run, so that no line is left out.
+# One process imports the sink once and forks: each child is killed just before its n-th step, then (every third time) a
+# resumed child is killed too, and a last child resumes to the end. A step is a call that changes or syncs the disk, or
+# a line that runs in sink.py (which also leaves files written in part). The loop ends at the n that is past the end of
+# an undisturbed run, so that no call is left out.
 DRIVER = r"""
 import os, random, signal, sys
 from pathlib import Path
 from loglik.scoring import sink as module
 from loglik.scoring.rows import InputRow, ScoredRow
 
-directory, extension, step = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+directory, extension, unit, step = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
 N = 7
+CALLS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 PURE = {"_value", "_cell", "_encodable", "_compare", "<genexpr>", "<listcomp>", "<dictcomp>"}
 # Long enough that a file reaches the disk in pieces.
 INPUT = [InputRow(str(i), f"line {i + 1}", "p", f"c{i}" * 3000) for i in range(N)]
@@ -408,19 +410,28 @@ def child(output, resume, chunk, kill_at):
     '''Whether a forked run was killed.'''
     pid = os.fork()
     if pid == 0:
-        lines = 0
+        steps = 0
+        def count():
+            nonlocal steps
+            steps += 1
+            if steps == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
         def trace(frame, event, arg):
-            nonlocal lines
             # Code that only turns one value into another leaves no trace on the disk.
             if frame.f_code.co_filename != module.__file__ or frame.f_code.co_name in PURE:
                 return None
             if event == "line":
-                lines += 1
-                if lines == kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                count()
             return trace
-        if kill_at:
+        def audit(event, args):
+            if event in CALLS and str(args[0]).startswith(str(directory)):
+                count()
+        # What a killed process has written stays in the page cache: syncing itself matters for power cuts alone.
+        os.fsync = lambda descriptor: count() if unit == "calls" else None
+        if kill_at and unit == "lines":
             sys.settrace(trace)
+        elif kill_at:
+            sys.addaudithook(audit)
         try:
             run(output, resume, chunk)
         except BaseException as error:
@@ -432,8 +443,6 @@ def child(output, resume, chunk, kill_at):
     assert status in (0, int(signal.SIGKILL)), (output, status)
     return status != 0
 
-# What a killed process has written stays in the page cache: syncing matters for power cuts alone, and takes long.
-os.fsync = lambda descriptor: None
 assert not child(directory / f"whole.{extension}", False, 3, 0)
 draw = random.Random(0)
 kill_at, kills, states = 1, 0, set()
@@ -445,7 +454,7 @@ while True:
     parts = Path(f"{output}.parts")
     states.add((output.exists(), tuple(sorted(p.name for p in parts.iterdir())) if parts.exists() else None))
     if kill_at % 3 == 0:
-        child(output, True, 2, draw.randrange(1, 200))
+        child(output, True, 2, draw.randrange(1, 200 if unit == "lines" else 40))
     assert not child(output, True, 2, 0)
     assert not Path(f"{output}.parts").exists(), output
     kill_at += step
@@ -453,24 +462,20 @@ print(kills, len(states))
 """
 
 
-def killed_runs(directory: Path, extension: str, step: int) -> tuple[int, int]:
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, str(directory), extension, str(step)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    kills, states = done.stdout.split()
-    return int(kills), int(states)
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
-@pytest.mark.parametrize(("extension", "step"), [("jsonl", 1), ("csv", 2), ("parquet", 2)])
-def test_killed_before_any_line_a_resumed_run_gives_the_same_file(tmp_path: Path, extension: str, step: int) -> None:
-    kills, states = killed_runs(tmp_path, extension, step)
-    assert kills * step > 200  # lines of an undisturbed run
-    assert states > 25  # different contents of the directory at the moment of the kill
+@pytest.mark.parametrize(
+    ("extension", "unit", "step", "least"),
+    [("jsonl", "calls", 1, 40), ("csv", "calls", 1, 40), ("parquet", "calls", 1, 40), ("jsonl", "lines", 5, 60)],
+)
+def test_killed_before_any_step_a_resumed_run_gives_the_same_file(
+    tmp_path: Path, extension: str, unit: str, step: int, least: int
+) -> None:
+    command = [sys.executable, "-c", DRIVER, str(tmp_path), extension, unit, str(step)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    kills, states = map(int, done.stdout.split())
+    assert kills > least
+    assert states > 20  # different contents of the directory at the moment of the kill
     whole = tmp_path / f"whole.{extension}"
     results = [path for path in tmp_path.iterdir() if path != whole]
     assert len(results) == kills + 1

@@ -55,7 +55,10 @@ def ancestral_samples(
     for _ in range(max_tokens):
         if not live:
             break
-        batch = TokenBatch.from_lists([rows[i] if context is None else rows[i][-context:] for i in live])
+        seen = [rows[i] if context is None else rows[i][-context:] for i in live]
+        batch = TokenBatch.from_lists(
+            seen, starts=[min(starts[i], len(row)) for i, row in zip(live, seen, strict=True)]
+        )
         probs = model.next_log_probs(batch).exp().cpu()
         drawn = torch.multinomial(probs, 1, generator=generator).flatten().tolist()
         for i, token in zip(live, drawn, strict=True):

@@ -11,6 +11,7 @@ from loglik.kinds import DrawsKey, Kind, Unit
 from loglik.likelihood import LogLikelihood
 from loglik.models.batch import TokenBatch
 from loglik.models.encode import Layout
+from loglik.models.sampling import ancestral_samples
 from loglik.models.tokens import greedy_match, selected_log_probs
 
 if TYPE_CHECKING:
@@ -98,6 +99,25 @@ class Seq2SeqLM:
         longer = TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool))
         logits = self._logits(source, longer)
         return torch.log_softmax(logits[torch.arange(len(packed), device=self.device), lengths].float(), dim=-1)
+
+    def sample(
+        self,
+        n: int,
+        *,
+        prompt: TokenBatch | None = None,
+        generator: torch.Generator | None = None,
+        max_tokens: int = 64,
+    ) -> TokenBatch:
+        """Ancestral samples of the target: `n` per source (a row of `prompt`), each ended by EOS or `max_tokens`.
+
+        No temperature, no truncation. The target (EOS included) is scored in the returned batch.
+
+        Raises:
+            ValueError: without a prompt: there is no source to encode.
+        """
+        if prompt is None:
+            raise ValueError("an encoder-decoder samples given a source: give a prompt")
+        return ancestral_samples(self, n, prompt=prompt, generator=generator, max_tokens=max_tokens)
 
     def _logits(self, source: TokenBatch, target: TokenBatch) -> Tensor:
         """(B, T, V) for each target position; target padding stands on the right, out of causal sight."""

@@ -210,8 +210,8 @@ class _Parquet(_Jsonl):
         with pq.ParquetWriter(handle, self.schema) as writer:
             waiting: list[Any] = []
             for path in parts:
-                with path.open("rb") as part:
-                    waiting.append(pq.read_table(part, schema=self.schema))
+                with path.open("rb") as part, pq.ParquetFile(part) as file:
+                    waiting.append(file.read(use_threads=False))
                 if sum(t.num_rows for t in waiting) >= _MERGE_ROWS or sum(t.nbytes for t in waiting) >= _MERGE_BYTES:
                     writer.write_table(pa.concat_tables(waiting))
                     waiting = []
