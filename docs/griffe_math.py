@@ -12,7 +12,9 @@ from typing import Any
 import griffe
 
 _INLINE = re.compile(r":math:`([^`]*)`")
-_BLOCK = re.compile(r"^(?P<indent> *)\.\. math::(?P<first>[^\n]*)(?P<rest>(?:\n(?:(?P=indent) +[^\n]*| *(?=\n)))*)", re.M)
+_BLOCK = re.compile(
+    r"^(?P<indent> *)\.\. math::(?P<first>[^\n]*)(?P<rest>(?:\n(?:(?P=indent) +[^\n]*| *(?=\n)))*)", re.M
+)
 
 
 def as_markdown(text: str) -> str:

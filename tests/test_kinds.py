@@ -79,7 +79,7 @@ def test_kinds_are_a_commutative_monoid_with_an_involution(a: Kind, b: Kind, c: 
     assert (a + b) + c is a + (b + c)
     assert a + Kind.EXACT is a
     assert Kind.EXACT + a is a
-    assert -(-a) is a
+    assert a.__neg__().__neg__() is a
     assert -(a + b) is (-a) + (-b)
     assert a - b is a + (-b)
     assert -(a - b) is b - a

@@ -205,7 +205,7 @@ def test_surrogates_break_both_bounds_and_do_not_converge(sign: float) -> None:
             surrogates += 1
             errors = torch.cat([pair.seen.value - pair.truth for pair in results])
             assert errors.min() < 0 < errors.max()
-            assert any((pair.seen.value - pair.truth).unique().numel() > 1 for pair in results)
+            assert any((pair.seen.value - pair.truth).std() > 0 for pair in results)
             assert any((pair.limit.value != pair.truth).any() for pair in results)
     assert surrogates == 23  # of 36 ordered pairs
 
@@ -236,7 +236,7 @@ def test_exact_and_unnormalized_values_form_a_group(e: Any, f: Any, g: Any, cons
     a, b, c = (evaluate(x, constants).seen for x in (e, f, g))
     assert _same(a + b, b + a)
     assert _same((a + b) + c, a + (b + c))
-    assert _same(-(-a), a)
+    assert _same((-a) * -1, a)
     assert _same(-(a - b), b - a)
     assert _same((a - b) + b, a)
     assert (a - a).kind is Kind.EXACT
@@ -250,7 +250,7 @@ def test_order_of_a_sum_changes_no_value_and_at_most_weakens_the_label(
 ) -> None:
     a, b, c = (evaluate(x, constants).seen for x in (e, f, g))
     assert _same(a + b, b + a)
-    assert _same(-(-a), a)
+    assert _same((-a) * -1, a)
     assert _same(-(a + b), (-a) + (-b))
     left, right = (a + b) + c, a + (b + c)
     assert torch.equal(left.value, right.value)

@@ -37,6 +37,11 @@ def make(
     )
 
 
+def error(a: LogLikelihood | Measurement) -> torch.Tensor:
+    assert a.stderr is not None
+    return a.stderr
+
+
 rows_of_text = st.lists(st.tuples(st.floats(-200, 0), st.integers(1, 50), st.integers(1, 300)), max_size=5)
 
 
@@ -142,10 +147,9 @@ def test_no_rows() -> None:
 def test_delta_method() -> None:
     a = make([-4.0, -6.0], [2, 3], unit=Unit.BYTE, stderr=[0.1, 0.3], draws=DrawsKey.of("x"))
     perplexity, bits, mean = a.perplexity(), a.bits_per_byte(), a.mean_per_unit()
-    assert perplexity.stderr is not None
-    np.testing.assert_allclose(mean.stderr, [0.05, 0.1])
-    np.testing.assert_allclose(perplexity.stderr, [math.exp(2) * 0.05, math.exp(2) * 0.1])
-    np.testing.assert_allclose(bits.stderr, [0.05 / math.log(2), 0.1 / math.log(2)])
+    np.testing.assert_allclose(error(mean), [0.05, 0.1])
+    np.testing.assert_allclose(error(perplexity), [math.exp(2) * 0.05, math.exp(2) * 0.1])
+    np.testing.assert_allclose(error(bits), [0.05 / math.log(2), 0.1 / math.log(2)])
     assert mean.draws == DrawsKey.of("x")
     exact = make([-4.0], [2], unit=Unit.BYTE)
     assert exact.perplexity().stderr is exact.bits_per_byte().stderr is exact.mean_per_unit().stderr is None
@@ -159,8 +163,7 @@ def test_delta_method_is_the_spread_of_the_perplexity() -> None:
         samples, kind=Kind.ESTIMATE, unit=Unit.TOKEN, num_units=torch.full((replicas,), units)
     )
     perplexity = a.perplexity()
-    assert perplexity.stderr is not None
-    assert perplexity.stderr.mean().item() == pytest.approx(perplexity.value.std().item(), rel=0.035)
+    assert error(perplexity).mean().item() == pytest.approx(perplexity.value.std().item(), rel=0.035)
     mean = a.mean_per_unit()
     assert mean.samples is not None
     close(mean.samples, samples / units)

@@ -386,19 +386,19 @@ def test_rows_come_before_the_source_ends() -> None:
 
 @pytest.mark.parametrize("extension", ["jsonl", "csv", "parquet"])
 def test_a_large_input_is_never_held(tmp_path: Path, extension: str) -> None:
-    path, count = tmp_path / f"in.{extension}", 30_000
+    path, count = tmp_path / f"in.{extension}", 15_000
     text = "some text of the usual kind " * 80
     if extension == "parquet":
         with pq.ParquetWriter(path, pa.schema([("text", pa.string())]), use_dictionary=False) as writer:
-            for start in range(0, count, 10_000):
-                batch = [f"{i} {text}" for i in range(start, start + 10_000)]
+            for start in range(0, count, 5_000):
+                batch = [f"{i} {text}" for i in range(start, start + 5_000)]
                 writer.write_table(pa.table({"text": batch}))
     else:
         with path.open("w") as handle:
             handle.write("text\n" if extension == "csv" else "")
             for i in range(count):
                 handle.write(f"{i} {text}\n" if extension == "csv" else f'{{"text": "{i} {text}"}}\n')
-    assert path.stat().st_size > 60e6 or extension == "parquet"  # Parquet compresses the repeated words
+    assert path.stat().st_size > 30e6 or extension == "parquet"  # Parquet compresses the repeated words
     arrow_before = pa.total_allocated_bytes()
     arrow_peak = 0
     tracemalloc.start()
@@ -413,6 +413,5 @@ def test_a_large_input_is_never_held(tmp_path: Path, extension: str) -> None:
     finally:
         tracemalloc.stop()
     assert seen == count
-    print(extension, peak, arrow_peak)
-    assert peak < 20e6
-    assert arrow_peak < 20e6
+    assert peak < 1e6
+    assert arrow_peak < 10e6

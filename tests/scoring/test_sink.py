@@ -377,10 +377,11 @@ def test_a_second_run_to_the_same_output_stops_at_its_first_part(tmp_path: Path)
 DRIVER = r"""
 import os, random, signal, sys
 from pathlib import Path
+import pyarrow as pa
 from loglik.scoring import sink as module
 from loglik.scoring.rows import InputRow, ScoredRow
 
-directory, extension, unit, step = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
+pa.array(["a"])  # imports pandas where it is installed: once here and not in every child
 N = 7
 CALLS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 PURE = {"_value", "_cell", "_encodable", "_compare", "<genexpr>", "<listcomp>", "<dictcomp>"}
@@ -390,8 +391,10 @@ INPUT = [InputRow(str(i), f"line {i + 1}", "p", f"c{i}" * 3000) for i in range(N
 def scored(row):
     return ScoredRow(row.id, -float(row.id), "exact", tokens=[row.completion], token_log_probs=[-float(row.id)])
 
-def run(output, resume, chunk):
+def run(output, resume, chunk, at_least, progress):
     sink = module.open_sink(output, settings={"model": "m"}, per_token=True, resume=resume, overwrite=False)
+    assert sink.done_rows >= at_least, (sink.done_rows, at_least)  # what was committed is never lost
+    os.write(progress, b"%d " % sink.done_rows)
     if sink.complete:
         assert sink.done_rows == N, sink.done_rows
         return
@@ -404,10 +407,12 @@ def run(output, resume, chunk):
         for row in rows:
             digest.update(row)
         sink.commit([scored(row) for row in rows], digest.hexdigest())
+        os.write(progress, b"%d " % sink.done_rows)
     sink.finish()
 
-def child(output, resume, chunk, kill_at):
-    '''Whether a forked run was killed.'''
+def child(output, resume, chunk, kill_at, unit, at_least=0):
+    '''Whether a forked run was killed, and how many rows were committed by then.'''
+    reading, progress = os.pipe()
     pid = os.fork()
     if pid == 0:
         steps = 0
@@ -424,7 +429,7 @@ def child(output, resume, chunk, kill_at):
                 count()
             return trace
         def audit(event, args):
-            if event in CALLS and str(args[0]).startswith(str(directory)):
+            if event in CALLS and str(args[0]).startswith(str(output.parent)):
                 count()
         # What a killed process has written stays in the page cache: syncing itself matters for power cuts alone.
         os.fsync = lambda descriptor: count() if unit == "calls" else None
@@ -433,7 +438,7 @@ def child(output, resume, chunk, kill_at):
         elif kill_at:
             sys.addaudithook(audit)
         try:
-            run(output, resume, chunk)
+            run(output, resume, chunk, at_least, progress)
         except BaseException as error:
             sys.settrace(None)
             os.write(2, f"{output}: {error!r}\n".encode())
@@ -441,47 +446,65 @@ def child(output, resume, chunk, kill_at):
         os._exit(0)
     status = os.waitpid(pid, 0)[1]
     assert status in (0, int(signal.SIGKILL)), (output, status)
-    return status != 0
+    os.close(progress)
+    with os.fdopen(reading) as pipe:
+        committed = [at_least, *map(int, pipe.read().split())]
+    return status != 0, committed[-1]
 
-assert not child(directory / f"whole.{extension}", False, 3, 0)
-draw = random.Random(0)
-kill_at, kills, states = 1, 0, set()
-while True:
-    output = directory / f"{kill_at}.{extension}"
-    if not child(output, False, 3, kill_at):
-        break
-    kills += 1
-    parts = Path(f"{output}.parts")
-    states.add((output.exists(), tuple(sorted(p.name for p in parts.iterdir())) if parts.exists() else None))
-    if kill_at % 3 == 0:
-        child(output, True, 2, draw.randrange(1, 200 if unit == "lines" else 40))
-    assert not child(output, True, 2, 0)
-    assert not Path(f"{output}.parts").exists(), output
-    kill_at += step
-print(kills, len(states))
+def survey(directory, extension, unit, step):
+    assert child(directory / f"whole.{extension}", False, 3, 0, unit) == (False, N)
+    draw = random.Random(0)
+    kill_at, kills, states = 1, 0, set()
+    while True:
+        output = directory / f"{kill_at}.{extension}"
+        killed, committed = child(output, False, 3, kill_at, unit)
+        if not killed:
+            return kills, len(states)
+        kills += 1
+        parts = Path(f"{output}.parts")
+        states.add((output.exists(), tuple(sorted(p.name for p in parts.iterdir())) if parts.exists() else None))
+        if kill_at % 3 == 0:
+            again = draw.randrange(1, 200 if unit == "lines" else 40)
+            committed = child(output, True, 2, again, unit, committed)[1]
+        assert child(output, True, 2, 0, unit, committed) == (False, N)
+        assert not parts.exists(), output
+        kill_at += step
+
+for case in sys.argv[2:]:
+    extension, unit, step = case.split("-")
+    directory = Path(sys.argv[1]) / case
+    directory.mkdir()
+    print(case, *survey(directory, extension, unit, int(step)))
 """
+CASES = ["jsonl-calls-1", "csv-calls-1", "parquet-calls-1", "jsonl-lines-10"]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tuple[int, int]]]:
+    """Where the outputs of the killed and resumed runs lie, and how many kills there were in how many states."""
+    directory = tmp_path_factory.mktemp("killed")
+    command = [sys.executable, "-c", DRIVER, str(directory), *CASES]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    counts = (line.split() for line in done.stdout.splitlines())
+    return directory, {case: (int(kills), int(states)) for case, kills, states in counts}
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
-@pytest.mark.parametrize(
-    ("extension", "unit", "step", "least"),
-    [("jsonl", "calls", 1, 40), ("csv", "calls", 1, 40), ("parquet", "calls", 1, 40), ("jsonl", "lines", 5, 60)],
-)
+@pytest.mark.parametrize("case", CASES)
 def test_killed_before_any_step_a_resumed_run_gives_the_same_file(
-    tmp_path: Path, extension: str, unit: str, step: int, least: int
+    killed: tuple[Path, dict[str, tuple[int, int]]], case: str
 ) -> None:
-    command = [sys.executable, "-c", DRIVER, str(tmp_path), extension, unit, str(step)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    kills, states = map(int, done.stdout.split())
-    assert kills > least
-    assert states > 20  # different contents of the directory at the moment of the kill
-    whole = tmp_path / f"whole.{extension}"
-    results = [path for path in tmp_path.iterdir() if path != whole]
+    directory, counts = killed[0] / case, killed[1]
+    kills, states = counts[case]
+    assert kills > 30
+    assert states > 15  # different contents of the directory at the moment of the kill
+    (whole,) = directory.glob("whole.*")
+    results = [path for path in directory.iterdir() if path != whole]
     assert len(results) == kills + 1
     assert [row.id for row in parse(whole)] == [str(i) for i in range(7)]
     for path in results:
-        if extension == "parquet":
+        if whole.suffix == ".parquet":
             assert pq.read_table(path).equals(pq.read_table(whole), check_metadata=True), path
         else:
             assert path.read_bytes() == whole.read_bytes(), path

@@ -122,6 +122,8 @@ def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path):
     for name, value in weights(straight).items():
         assert torch.equal(weights(resumed)[name], value), name
     assert result.step == 6
+    again = fit(dropping(), MaximumLikelihood(), Rows(), settings, output=tmp_path / "b", resume=True)
+    assert again.loss == result.loss  # nothing was left to do
     logs = [(tmp_path / run / "log.jsonl").read_text().splitlines() for run in "ab"]
     timeless = [[{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in log] for log in logs]
     assert timeless[0] == timeless[1]

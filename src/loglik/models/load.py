@@ -104,7 +104,7 @@ def _config(source: str, *, is_local: bool, revision: str | None) -> Any:
         raise InputError(f"directory {source!r} has no config.json, so it holds no model; give one with weights")
     try:
         with quiet_transformers():
-            return AutoConfig.from_pretrained(source, revision=revision)
+            return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         if is_local:
             raise InputError(f"the configuration in {source!r} cannot be used: {_first(error)}") from None
@@ -138,7 +138,13 @@ def _weights(
     try:
         with quiet_transformers():  # its report on missing weights becomes the sentence below
             model, info = _AUTO[family].from_pretrained(
-                source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, revision=revision
+                source,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                revision=revision,
+                trust_remote_code=False,
             )
     except SafetensorError as error:
         raise InputError(f"the weights in {source!r} are damaged or truncated ({error}); copy them again") from None
@@ -161,7 +167,7 @@ def _tokenizer(source: str, *, is_local: bool, revision: str | None) -> Any:
         return None
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(source, revision=revision)
+            return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise InputError(f"the tokenizer of {source!r} cannot be loaded: {_first(error)}") from None
 

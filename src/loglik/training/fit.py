@@ -85,7 +85,7 @@ def fit(
     )
     module: Any = model.model
     optimizer = _optimizer(module, config)
-    start, log = _prepare(out, config, module, optimizer, resume=resume)
+    start, loss, log = _prepare(out, config, module, optimizer, resume=resume)
     sampler = StepSampler(
         len(data),  # type: ignore[arg-type]
         batch_size=config.batch_size,
@@ -100,7 +100,7 @@ def fit(
     per_step = config.batch_size // config.micro // accelerator.num_processes
     if per_step < 1 or (config.batch_size // config.micro) % accelerator.num_processes:
         raise InputError(f"{accelerator.num_processes} processes cannot share batch {config.batch_size} evenly")
-    begun, loss, batches = time.monotonic(), math.nan, iter(loader)
+    begun, batches = time.monotonic(), iter(loader)
     module.train()
     try:
         with bar("training", total=config.steps - start, unit="steps") as advance:
@@ -220,14 +220,14 @@ def _optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
 
 def _prepare(
     out: Path, config: TrainConfig, module: nn.Module, optimizer: torch.optim.Optimizer, *, resume: bool
-) -> tuple[int, Path]:
-    """Make `out`, restore its newest checkpoint if asked; returns the first step and the log file."""
+) -> tuple[int, float, Path]:
+    """Make `out`, restore its newest checkpoint if asked; returns the first step, the loss so far and the log file."""
     out.mkdir(parents=True, exist_ok=True)
     log = out / "log.jsonl"
     checkpoint = latest_checkpoint(out)
     if checkpoint is None:
         log.unlink(missing_ok=True)
-        return 0, log
+        return 0, math.nan, log
     if not resume:
         raise InputError(f"{out} holds a run already; pass resume=True to continue it or choose another output")
     state = load_checkpoint(checkpoint, module=module, optimizer=optimizer)
@@ -237,4 +237,4 @@ def _prepare(
     # Lines after the checkpoint belong to steps that will be run again.
     kept = [line for line in log.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= state["step"]]
     log.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    return int(state["step"]), log
+    return int(state["step"]), float(state["loss"]), log
