@@ -284,7 +284,6 @@ class LogLikelihood:
         kind, constant = self.kind, self.constant
         if constant is not None:
             same_length = bool((self.num_units == self.num_units[:1]).all())
-            kind = kind if same_length else Kind.SURROGATE
             constant = constant.scaled(1.0 / int(self.num_units[0])) if same_length and len(self) else None
             kind = kind if constant is not None else Kind.SURROGATE
         count = self.num_units.to(self.value.dtype)

@@ -165,6 +165,18 @@ def test_report_is_written(cli, tmp_path):
     assert "tokens" not in rows_of((tmp_path / "o.jsonl").read_text(encoding="utf-8"))[0]
 
 
+def test_report_after_resume_covers_every_row(cli, tmp_path):
+    source, output, report = tmp_path / "in.jsonl", tmp_path / "o.jsonl", tmp_path / "r.html"
+    write(source, {"id": "first", **GOOD}, {"text": 3})
+    assert cli(source, "-o", output)[0] == 2
+    write(source, {"id": "first", **GOOD}, {"id": "second", **GOOD})
+    assert cli(source, "-o", output, "--resume", "--report", report)[0] == 0
+    assert all(name in report.read_text(encoding="utf-8") for name in ("first", "second"))
+    report.unlink()
+    assert cli(source, "-o", output, "--resume", "--report", report)[0] == 0  # finished already
+    assert all(name in report.read_text(encoding="utf-8") for name in ("first", "second"))
+
+
 def test_half_precision_runs(cli, tmp_path):
     source = write(tmp_path / "in.jsonl", GOOD)
     wide, half = (rows_of(cli(source, "--dtype", d)[1])[0]["log_prob"] for d in ("float32", "bfloat16"))

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from loglik.errors import InputError
-from loglik.scoring.read import Fields, read_rows
+from loglik.scoring.read import Fields, estimate_rows, read_rows
 from loglik.scoring.rows import InputRow
 
 TEXTS = ["plain", 'quote " comma , tab \t', "two\nlines", "three\r\nlines", "naïve 日本語 🎉", " ", "\u2028\x85sep"]
@@ -415,3 +415,34 @@ def test_a_large_input_is_never_held(tmp_path: Path, extension: str) -> None:
     assert seen == count
     assert peak < 1e6
     assert arrow_peak < 10e6
+
+
+def test_a_text_field_that_was_named_is_used(tmp_path: Path) -> None:
+    content = '{"prompt": "p", "completion": "c", "body": "b"}\n'
+    row = rows_of(tmp_path / "in.jsonl", content, fields=Fields(text="body"))[0]
+    assert (row.prompt, row.completion) == ("", "b")
+    missing = errors_of(content, tmp_path, fields=Fields(text="words"))[0]
+    assert missing is not None
+    assert "has no field 'words'" in missing
+    assert "--text-field" in missing
+    with pytest.raises(InputError, match="--text-field names texts without a prompt"):
+        read_rows(tmp_path / "in.jsonl", fields=Fields(text="body", prompt="question"))
+
+
+def test_a_prompt_field_that_was_named_is_not_ignored(tmp_path: Path) -> None:
+    error = errors_of('{"question": "q", "text": "t"}\n', tmp_path, fields=Fields(prompt="question"))[0]
+    assert error is not None
+    assert "--completion-field" in error
+
+
+@pytest.mark.parametrize("extension", ["jsonl", "parquet", "csv"])
+def test_estimated_rows(tmp_path: Path, extension: str) -> None:
+    rows = estimate_rows(write_pairs(tmp_path / f"in.{extension}"))
+    if extension == "csv":  # line breaks inside cells are counted, too
+        assert rows is not None
+        assert rows >= len(PAIRS)
+    else:
+        assert rows == len(PAIRS)
+    assert estimate_rows("-") is None
+    assert estimate_rows(tmp_path / "absent.jsonl") is None
+    assert estimate_rows(put(tmp_path / "x.txt.gz", gzip.compress(b"a\n"))) is None

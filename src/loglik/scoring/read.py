@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from loglik.errors import InputError, RowError
 from loglik.scoring.rows import InputRow
 
-__all__ = ["Fields", "Format", "read_rows"]
+__all__ = ["Fields", "Format", "estimate_rows", "read_rows"]
 
 Format = Literal["auto", "jsonl", "parquet", "csv", "txt"]
 
@@ -72,8 +72,9 @@ def read_rows(
     r"""Rows of `source`, in order, as they are read.
 
     A row is (prompt, completion) if it has the completion field or if that field was named by the user, with an empty
-    prompt where there is none; otherwise it is ("", text). A row that cannot be used is yielded too, with `error` set
-    to a sentence that does not repeat `where`. Blank lines are skipped; a byte-order mark at the start is dropped.
+    prompt where there is none; otherwise, or if the text field was named by the user, it is ("", text). A row that
+    cannot be used is yielded too, with `error` set to a sentence that does not repeat `where`. Blank lines are skipped;
+    a byte-order mark at the start is dropped.
 
     Args:
         source: a file, or ``-`` for standard input.
@@ -91,6 +92,10 @@ def read_rows(
             unknown extension, or a table without the columns. A missing file and a wrong option are refused by the
             call itself, the rest while iterating.
     """
+    if fields.text != _DEFAULT.text and (fields.completion, fields.prompt) != (_DEFAULT.completion, _DEFAULT.prompt):
+        raise InputError(
+            "--text-field names texts without a prompt: drop it, or drop --prompt-field and --completion-field"
+        )
     name = "standard input" if str(source) == "-" else str(source)
     kind, delimiter = _resolve(str(source), format)
     if str(source) != "-":
@@ -106,6 +111,18 @@ def read_rows(
         # Plain lines have no field names; any name serves, as long as both sides use the same one.
         return _rows(_line_records(lines, _plain_text), _DEFAULT, name, escaped=False)
     return _rows(_line_records(lines, _json_object), fields, name, escaped=False)
+
+
+def estimate_rows(source: str | Path, format: Format = "auto") -> int | None:
+    """About how many rows `source` has, for a progress bar: lines of text, rows of Parquet; None where unknown."""
+    if str(source) == "-" or not Path(source).is_file() or str(source).lower().endswith(".gz"):
+        return None
+    kind, _ = _resolve(str(source), format)
+    if kind == "parquet":
+        return int(pq.read_metadata(str(source)).num_rows)
+    with open(source, "rb") as handle:
+        lines = sum(block.count(b"\n") for block in iter(lambda: handle.read(1 << 22), b""))
+    return max(1, lines - (kind == "csv"))
 
 
 def _resolve(source: str, format: Format) -> tuple[Literal["jsonl", "parquet", "csv", "txt"], str]:
@@ -192,13 +209,17 @@ def _choose(names: Collection[str], fields: Fields) -> tuple[str | None, str]:
     """Which fields hold the prompt (None: there is none) and the text that is scored."""
     if fields.prompt != _DEFAULT.prompt and fields.prompt not in names:
         raise RowError(f"has no field {fields.prompt!r} ({_listed(names)}): name the right one with --prompt-field")
+    if fields.text != _DEFAULT.text:
+        if fields.text not in names:
+            raise RowError(f"has no field {fields.text!r} ({_listed(names)}): name the right one with --text-field")
+        return None, fields.text
     if fields.completion in names:
         return fields.prompt if fields.prompt in names else None, fields.completion
     if fields.completion != _DEFAULT.completion:
         raise RowError(
             f"has no field {fields.completion!r} ({_listed(names)}): name the right one with --completion-field"
         )
-    if fields.text in names:
+    if fields.text in names and fields.prompt == _DEFAULT.prompt:
         return None, fields.text
     raise RowError(
         f"has neither a field {fields.completion!r} nor a field {fields.text!r} ({_listed(names)}): name the "

@@ -12,7 +12,7 @@ from loglik.errors import InputError, RowError
 from loglik.models.protocol import TextModel
 from loglik.progress import bar
 from loglik.scoring.engine import ScoreOptions, Scorer
-from loglik.scoring.read import Fields, Format, read_rows
+from loglik.scoring.read import Fields, Format, estimate_rows, read_rows
 from loglik.scoring.report import ReportBuilder
 from loglik.scoring.rows import InputRow, ScoredRow
 from loglik.scoring.sink import InputDigest, Sink, open_sink
@@ -117,13 +117,18 @@ def score_file(
         stdout=stdout,
     )
     summary = RunSummary(resumed=sink.done_rows)
+    if builder is not None:
+        for done in sink.committed():
+            builder.add(done)
     if sink.complete:
+        if builder is not None and job.report is not None:
+            builder.write(job.report)
         return summary
     digest = InputDigest()
     rest = _skip_done(chain([first], rows), sink, digest)
     scorer = Scorer(model() if callable(model) else model, job.options)
     summary.bos = scorer.encoder.describe_bos()
-    with bar("scoring", total=None, unit="rows") as advance:
+    with bar("scoring", total=estimate_rows(job.source, job.format), unit="rows") as advance:
         advance(sink.done_rows)
         for chunk in _chunks(rest):
             scored = scorer.score_rows(chunk, per_token=job.per_token or builder is not None)

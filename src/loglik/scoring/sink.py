@@ -8,46 +8,27 @@ that were not committed, and none is written twice.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import json
-import math
 import os
 import re
-import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TextIO
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from loglik.errors import InputError
+from loglik.scoring.formats import FORMATS, Jsonl
 from loglik.scoring.rows import COLUMNS, PER_TOKEN_COLUMNS, InputRow, ScoredRow
 
 __all__ = ["InputDigest", "Sink", "open_sink"]
 
 _VERSION = 1
 _OWN_FILE = re.compile(r"(manifest\.json|part-\d{8}\.(json|jsonl|ndjson|parquet|csv))(\.tmp)?|(merged|probe)\.tmp")
-_PARQUET_TYPES = {
-    "id": pa.string(),
-    "log_prob": pa.float64(),
-    "kind": pa.string(),
-    "stderr": pa.float64(),
-    "num_tokens": pa.int64(),
-    "num_bytes": pa.int64(),
-    "bits_per_byte": pa.float64(),
-    "is_greedy": pa.bool_(),
-    "boundary": pa.string(),
-    "num_windowed": pa.int64(),
-    "error": pa.string(),
-    "tokens": pa.list_(pa.string()),
-    "token_log_probs": pa.list_(pa.float64()),
-}
-_MERGE_ROWS, _MERGE_BYTES = 1 << 16, 1 << 25  # a row group of the merged Parquet file is closed at either
 
 
 class InputDigest:
@@ -72,7 +53,7 @@ class InputDigest:
 class Sink(Protocol):
     """Where scored rows go.
 
-    Args:
+    Attributes:
         done_rows: rows that an earlier run has already committed; the caller goes on after them.
         resume_digest: `InputDigest` of those rows as the earlier run read them; None where there are none, or where
             the output is complete.
@@ -88,6 +69,9 @@ class Sink(Protocol):
 
     def finish(self) -> None:
         """Put the whole output in its place."""
+
+    def committed(self) -> Iterator[ScoredRow]:
+        """The rows that are done, read back from the disk."""
 
 
 def open_sink(
@@ -125,10 +109,10 @@ def open_sink(
         if resume:
             raise InputError("standard output cannot be resumed: write to a file with --output")
         return _StreamSink(stdout if stdout is not None else sys.stdout, columns)
-    format_ = _FORMATS.get(Path(output).suffix.lower())
+    format_ = FORMATS.get(Path(output).suffix.lower())
     if format_ is None:
         raise InputError(
-            f"the format of {output} is not known from its extension: use one of {', '.join(_FORMATS)}, or - for "
+            f"the format of {output} is not known from its extension: use one of {', '.join(FORMATS)}, or - for "
             "JSONL on standard output"
         )
     # As JSON, so that they compare equal to what comes back from the manifest.
@@ -138,116 +122,6 @@ def open_sink(
     return sink
 
 
-# ---------------------------------------------------------------------- formats
-class _Jsonl:
-    """One JSON object per line."""
-
-    def __init__(self, columns: Sequence[str], settings: Mapping[str, Any]) -> None:
-        self.columns, self.settings = columns, settings
-
-    def write(self, rows: Iterable[ScoredRow], handle: BinaryIO) -> None:
-        """Write one part."""
-        for row in rows:
-            line = json.dumps({c: _value(row, c) for c in self.columns}, ensure_ascii=False)
-            handle.write(line.encode("utf-8", "backslashreplace") + b"\n")
-
-    def merge(self, parts: Iterable[Path], handle: BinaryIO) -> None:
-        """Write the final file from its parts."""
-        for path in parts:
-            with path.open("rb") as part:
-                shutil.copyfileobj(part, handle)
-
-    def stored(self, path: Path) -> tuple[int, dict[str, Any] | None]:
-        """Rows of a final file, and what it says about itself in the form of a manifest, where it does."""
-        with path.open("rb") as handle:
-            return sum(1 for _ in handle), None
-
-
-class _Csv(_Jsonl):
-    """A header and one record per row, as RFC 4180 has it."""
-
-    def write(self, rows: Iterable[ScoredRow], handle: BinaryIO) -> None:
-        for row in rows:
-            handle.write(self._record([_cell(_value(row, c)) for c in self.columns]))
-
-    def merge(self, parts: Iterable[Path], handle: BinaryIO) -> None:
-        handle.write(self._record(self.columns))
-        super().merge(parts, handle)
-
-    def stored(self, path: Path) -> tuple[int, dict[str, Any] | None]:
-        quotes = records = 0
-        with path.open("rb") as handle:
-            for line in handle:  # a line ends a record where all quotes are closed
-                quotes += line.count(b'"')
-                records += quotes % 2 == 0
-        return max(records - 1, 0), None
-
-    @staticmethod
-    def _record(cells: Sequence[str]) -> bytes:
-        line = io.StringIO()
-        # With \r\n as line end the writer also quotes cells with a lone \r, which Python < 3.13 omits otherwise.
-        csv.writer(line, lineterminator="\r\n").writerow(cells)
-        return line.getvalue().encode("utf-8", "backslashreplace")
-
-
-class _Parquet(_Jsonl):
-    """Typed columns; parts become row groups, small ones together."""
-
-    def __init__(self, columns: Sequence[str], settings: Mapping[str, Any]) -> None:
-        super().__init__(columns, settings)
-        metadata = {b"loglik": json.dumps(settings).encode()}
-        self.schema = pa.schema([(c, _PARQUET_TYPES[c]) for c in columns], metadata=metadata)
-
-    def write(self, rows: Iterable[ScoredRow], handle: BinaryIO) -> None:
-        columns: dict[str, list[Any]] = {c: [] for c in self.columns}
-        for row in rows:
-            for column, values in columns.items():
-                values.append(_encodable(_value(row, column)))
-        arrays = [pa.array(values, type=_PARQUET_TYPES[column]) for column, values in columns.items()]
-        pq.write_table(pa.table(arrays, schema=self.schema), handle)
-
-    def merge(self, parts: Iterable[Path], handle: BinaryIO) -> None:
-        with pq.ParquetWriter(handle, self.schema) as writer:
-            waiting: list[Any] = []
-            for path in parts:
-                with path.open("rb") as part, pq.ParquetFile(part) as file:
-                    waiting.append(file.read(use_threads=False))
-                if sum(t.num_rows for t in waiting) >= _MERGE_ROWS or sum(t.nbytes for t in waiting) >= _MERGE_BYTES:
-                    writer.write_table(pa.concat_tables(waiting))
-                    waiting = []
-            if waiting:
-                writer.write_table(pa.concat_tables(waiting))
-
-    def stored(self, path: Path) -> tuple[int, dict[str, Any] | None]:
-        with path.open("rb") as handle, pq.ParquetFile(handle) as file:
-            schema = file.schema_arrow
-            settings = json.loads((schema.metadata or {}).get(b"loglik", b"{}"))
-            return file.metadata.num_rows, {"columns": list(schema.names), "settings": settings}
-
-
-_FORMATS: dict[str, type[_Jsonl]] = {".jsonl": _Jsonl, ".ndjson": _Jsonl, ".parquet": _Parquet, ".csv": _Csv}
-
-
-def _value(row: ScoredRow, column: str) -> Any:
-    value = getattr(row, column)
-    numbers = value if column == "token_log_probs" and value is not None else (value,)
-    if any(isinstance(number, float) and math.isnan(number) for number in numbers):
-        raise ValueError(f"row {row.id!r} has NaN in {column}: a row without a number carries an error instead")
-    return value
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _encodable(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_encodable(item) for item in value]
-    return value.encode("utf-8", "backslashreplace").decode("utf-8") if isinstance(value, str) else value
-
-
 # ---------------------------------------------------------------------- sinks
 class _StreamSink:
     """JSONL on a text stream, flushed after every chunk."""
@@ -255,7 +129,7 @@ class _StreamSink:
     def __init__(self, stream: TextIO, columns: Sequence[str]) -> None:
         self.done_rows, self.complete = 0, False
         self.resume_digest: str | None = None
-        self._stream, self._format = stream, _Jsonl(columns, {})
+        self._stream, self._format = stream, Jsonl(columns, {})
 
     def commit(self, rows: Sequence[ScoredRow], digest: str) -> None:
         chunk = io.BytesIO()
@@ -273,11 +147,14 @@ class _StreamSink:
     def finish(self) -> None:
         self._stream.flush()
 
+    def committed(self) -> Iterator[ScoredRow]:
+        return iter(())  # what a stream has taken is gone
+
 
 class _PartsSink:
     """Parts in ``<output>.parts``, merged into the output by `finish`."""
 
-    def __init__(self, output: Path, format_: _Jsonl, identity: dict[str, Any]) -> None:
+    def __init__(self, output: Path, format_: Jsonl, identity: dict[str, Any]) -> None:
         self.done_rows = 0
         self.resume_digest: str | None = None
         self.complete = False
@@ -347,6 +224,14 @@ class _PartsSink:
         except (OSError, pa.ArrowException) as error:
             raise self._unwritable(error) from None
         self.complete = True
+
+    def committed(self) -> Iterator[ScoredRow]:
+        """Rows of the finished output, or of the parts so far."""
+        if self.complete:
+            yield from self._format.read(self._output, part=False)
+        else:
+            for index in range(self._count):
+                yield from self._format.read(self._part(index)[0], part=True)
 
     # ------------------------------------------------------------------ steps of opening
     def _probe(self) -> None:
