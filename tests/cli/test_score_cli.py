@@ -414,6 +414,22 @@ def test_values_do_not_depend_on_chunks(cli, tmp_path):
         assert rows[i]["log_prob"] == pytest.approx(alone["log_prob"], abs=1e-4)
 
 
+def test_equivalent_settings_give_one_set_of_numbers(cli, tmp_path):
+    """Batch budget and order of the rows: equal values, and residuals without a side."""
+    texts = [
+        {"id": str(i), "prompt": "The" * (i % 3), "text": "", "completion": " answer" * (1 + i % 17)} for i in range(40)
+    ]
+    source = write(tmp_path / "in.jsonl", *texts)
+    reference = {row["id"]: row["log_prob"] for row in rows_of(cli(source)[1])}
+    backwards = write(tmp_path / "back.jsonl", *reversed(texts))
+    residuals = []
+    for path, budget in [(source, 1), (source, 100), (backwards, 100), (backwards, 10_000)]:
+        for row in rows_of(cli(path, "--max-batch-tokens", budget)[1]):
+            residuals.append(row["log_prob"] - reference[row["id"]])
+            assert abs(residuals[-1]) < 1e-4
+    assert abs(sum(residuals)) / len(residuals) < 1e-6
+
+
 def test_torch_is_not_imported_for_help():
     """Commands without tensors start at once."""
     code = "import sys, loglik.cli, loglik.papers; sys.exit('torch' in sys.modules)"

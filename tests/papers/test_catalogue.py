@@ -73,11 +73,11 @@ def test_search_scores_follow_bm25():
     def entry(name: str, description: str) -> Paper:
         return Paper(name, name, None, "2024-01", "signal", description, "x", (), ())
 
-    pool = [entry("A", "zebra"), entry("B", "zebra " + "filler " * 40), entry("C", "common"), entry("D", "common")]
+    pool = [entry("B", "zebra"), entry("A", "zebra " + "filler " * 40), entry("C", "common"), entry("D", "common")]
     ranked = search("zebra", pool)
-    assert [p.id for p, _ in ranked] == ["A", "B"]
+    assert [p.id for p, _ in ranked] == ["B", "A"]
     both = {p.id: v for p, v in search("zebra common", [*pool, entry("E", "common")])}
-    assert both["A"] > both["C"]
+    assert both["B"] > both["C"]
     assert search("absent", pool) == []
 
 
