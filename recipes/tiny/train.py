@@ -15,6 +15,7 @@ import platform
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -183,7 +184,30 @@ def main(recipe: Recipe) -> None:
         for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json"):
             shutil.copyfile(final / name, recipe.install / name)
         shutil.copyfile(settings_file, recipe.install / settings_file.name)
-        shutil.copyfile(recipe.output / "record.json", Path(__file__).parent / "record.json")
+        here = Path(__file__).parent
+        shutil.copyfile(recipe.output / "record.json", here / "record.json")
+        (here.parents[1] / "docs" / "_tiny_record.md").write_text(describe(record), encoding="utf-8")
+
+
+def describe(record: dict[str, Any]) -> str:
+    """The record as the documentation shows it."""
+    recipe, curve = record["recipe"], record["curve"]
+    measured = [point for point in curve if "validation" in point]
+    lines = [
+        f"- {record['parameters']:,} parameters (Llama layout, {recipe['vocabulary']:,} BPE tokens, "
+        f"context {max(recipe['contexts']):,}), stored in bfloat16.",
+        f"- Data: {record['documents']:,} documents of Python {record['python']}'s standard library and help topics, "
+        f"{record['characters']:,} characters, {record['tokens']['train']:,} tokens; "
+        f"{record['tokens']['held_out']:,} tokens held out.",
+        f"- {sum(recipe['steps']):,} steps of {recipe['tokens_per_step']:,} tokens, {record['epochs']:.2f} epochs, "
+        f"{sum(record['minutes']):.0f} minutes.",
+        f"- Held-out bits per byte of the shipped weights: **{record['held_out_bits_per_byte']:.4f}**.",
+        "",
+        "| phase | step | training loss (nats/token) | held-out loss (nats/token) |",
+        "|---|---|---|---|",
+        *(f"| {p['phase']} | {p['step']} | {p['loss']:.3f} | {p['validation']:.3f} |" for p in measured),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def held_out_bits_per_byte(directory: Path) -> float:

@@ -118,6 +118,11 @@ def test_verdicts_come_from_results(tmp_path):
         verdict(p, tmp_path)
 
 
+def test_version(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == f"loglik {loglik.__version__}\n"
+
+
 def test_command_line(capsys):
     main(["papers", "--search", "diverse beam search", "--limit", "1", "--json"])
     record = json.loads(capsys.readouterr().out)

@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 from rich.text import Text
 
+from loglik import __version__
 from loglik.cli.demo import Demo
 from loglik.cli.papers import Papers
 from loglik.cli.score import Score
@@ -26,11 +27,15 @@ Command = (
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run one command; an error a user can mend is one sentence on standard error and exit code 2."""
+    given = list(sys.argv[1:] if args is None else args)
+    if given == ["--version"]:
+        sys.stdout.write(f"loglik {__version__}\n")
+        return
     command = tyro.cli(
         Command,
         prog="loglik",
         description="Likelihoods of generative models: measure them, train on them, decode and decide by them.",
-        args=args,
+        args=given,
     )
     try:
         command.run()
