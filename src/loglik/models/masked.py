@@ -13,7 +13,7 @@ from loglik.likelihood import LogLikelihood
 from loglik.models.batch import TokenBatch
 from loglik.models.causal import context_length
 from loglik.models.encode import Layout
-from loglik.models.tokens import greedy_match, selected_log_probs
+from loglik.models.tokens import greedy_match, labelled, selected_log_probs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,10 +103,7 @@ class MaskedLM:
             chosen = selected_log_probs(logits, targets)
             terms = terms.to(chosen.dtype).index_put((row, column), chosen)
             greedy[row, column] = greedy_match(logits.detach(), targets)
-        per_unit = x.unpack(terms, origin, packed)
-        scored = x.scored_mask & x.attention_mask
-        likelihood = LogLikelihood.from_per_unit(per_unit, scored, kind=self.kind, unit=self.unit)
-        return likelihood, x.unpack(greedy.int(), origin, packed).bool()
+        return labelled(x, packed, origin, terms, greedy, kind=self.kind)
 
     def _masked_together(self, packed: TokenBatch, row: Tensor, column: Tensor) -> Tensor:
         """(N, T) the tokens hidden while ``(row, column)`` is predicted."""

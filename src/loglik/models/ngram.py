@@ -23,6 +23,7 @@ from loglik.models.batch import TokenBatch
 from loglik.models.encode import Layout, check_text
 from loglik.models.kneser_ney import KneserNey, NGramCounts, count_ngrams
 from loglik.models.sampling import ancestral_samples
+from loglik.models.tokens import labelled
 
 __all__ = ["NGramLM", "byte_tokenizer"]
 
@@ -113,10 +114,7 @@ class NGramLM:
         probs, best = self.smoothing.score(self._ids(packed))
         terms = torch.from_numpy(np.log(probs)).to(x.ids.device).masked_fill(~packed.scored_mask, 0.0)
         greedy = torch.from_numpy(probs >= best).to(x.ids.device) & packed.scored_mask
-        scored = x.scored_mask & x.attention_mask
-        per_unit = x.unpack(terms, origin, packed)
-        likelihood = LogLikelihood.from_per_unit(per_unit, scored, kind=self.kind, unit=self.unit)
-        return likelihood, x.unpack(greedy.int(), origin, packed).bool()
+        return labelled(x, packed, origin, terms, greedy, kind=self.kind)
 
     def next_log_probs(self, prefix: TokenBatch) -> Tensor:
         """(B, V) log-probabilities of the token after each row, float64, nats; rows must not be empty."""

@@ -12,7 +12,7 @@ from loglik.likelihood import LogLikelihood
 from loglik.models.batch import TokenBatch
 from loglik.models.encode import Layout
 from loglik.models.sampling import ancestral_samples
-from loglik.models.tokens import greedy_match, selected_log_probs
+from loglik.models.tokens import greedy_match, labelled, selected_log_probs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,10 +84,7 @@ class Seq2SeqLM:
         terms = terms.masked_scatter(packed.scored_mask, chosen)
         greedy = torch.zeros_like(packed.attention_mask)
         greedy = greedy.masked_scatter(packed.scored_mask, greedy_match(logits.detach()[picked], target.ids[picked]))
-        per_unit = x.unpack(terms, origin, packed)
-        scored = x.scored_mask & x.attention_mask
-        likelihood = LogLikelihood.from_per_unit(per_unit, scored, kind=self.kind, unit=self.unit)
-        return likelihood, x.unpack(greedy.int(), origin, packed).bool()
+        return labelled(x, packed, origin, terms, greedy, kind=self.kind)
 
     def next_log_probs(self, prefix: TokenBatch) -> Tensor:
         """(B, V) log-probabilities of the target token after each row (an empty target is allowed), float32, nats."""
