@@ -52,7 +52,7 @@ class Recipe:
     output: Path = Path("runs/tiny")
     install: Path | None = None
     vocabulary: int = 4096
-    steps: tuple[int, int] = (2000, 700)
+    steps: tuple[int, int] = (2000, 600)
     contexts: tuple[int, int] = (512, 1024)
     tokens_per_step: int = 4096
     learning_rate: float = 3e-3
