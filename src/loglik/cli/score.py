@@ -58,7 +58,7 @@ class Score:
     pll: Literal["original", "within_word_l2r"] = "original"
     """Which pseudo-log-likelihood a masked language model gives."""
     max_batch_tokens: int | None = None
-    """Tokens per forward pass, padding included; chosen from the vocabulary by default."""
+    """Tokens per forward pass, padding included; chosen from device and vocabulary by default."""
     on_error: Literal["stop", "row"] = "stop"
     """Stop at a row that cannot be scored, or write its error in the row and go on."""
     resume: bool = False

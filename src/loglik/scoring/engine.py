@@ -28,7 +28,7 @@ class ScoreOptions:
         bos: when BOS is prepended.
         overflow: what happens to a row that exceeds the context.
         stride: scored tokens per window; half the context if None.
-        max_batch_tokens: tokens per forward pass, padding included; chosen from the vocabulary if None.
+        max_batch_tokens: tokens per forward pass, padding included; chosen from device and vocabulary if None.
     """
 
     boundary: BoundaryPolicy = "joint"
@@ -91,7 +91,7 @@ class Scorer:
         self.encoder = TextEncoder(
             model.tokenizer, layout=model.layout, boundary=self.options.boundary, bos=self.options.bos
         )
-        self.budget = self.options.max_batch_tokens or _token_budget(len(model.tokenizer))
+        self.budget = self.options.max_batch_tokens or _token_budget(model)
 
     def score_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[TokenScores | RowError]:
         """Scores of (prompt, completion) pairs, in order; a row that cannot be scored gives its error.
@@ -212,6 +212,8 @@ def _batches(jobs: Sequence[tuple[int, Window]], budget: int) -> Iterator[list[t
         yield batch
 
 
-def _token_budget(vocabulary: int) -> int:
-    """Tokens per pass such that float32 logits stay near half a gigabyte."""
-    return max(1024, min(8192, 2**27 // max(1, vocabulary)))
+def _token_budget(model: TextModel) -> int:
+    """Tokens per pass: what stays in a CPU's caches, or else such that float32 logits stay near half a gigabyte."""
+    if str(getattr(model, "device", "")) == "cpu":
+        return 1024
+    return max(1024, min(8192, 2**27 // max(1, len(model.tokenizer))))
