@@ -41,9 +41,9 @@ def main() -> str:
     here = platform.python_version()
     print(f"measured: tiny {tiny:.4f}, byte 5-gram {ngram:.4f} (Python {here}), tolerance {tolerance}")
     results = {
-        "claimed": claimed,
-        "tiny": tiny,
-        "byte_5gram": ngram,
+        "claimed": round(claimed, 4),
+        "tiny": round(tiny, 4),
+        "byte_5gram": round(ngram, 4),
         "tolerance": tolerance,
         "python": platform.python_version(),
         "verdict": verdict,
