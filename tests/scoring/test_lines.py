@@ -29,10 +29,9 @@ def test_lines_spell_the_text_and_lose_no_bit():
     assert sum(line.num_bytes or 0 for line in lines) == len("".join(tokens))
 
 
-def test_bytes_of_a_part_of_a_character_are_unknown():
-    line = next(scored_lines(["\ufffd", "\ufffd", "x"], [-1.0, -1.0, -1.0]))
-    assert line.num_bytes is None
-    assert line.num_tokens == 3
+def test_a_character_cut_into_tokens_is_whole_in_its_line():
+    line = next(scored_lines(["漣", "", "", "x"], [-1.0, -1.0, -1.0, -1.0]))
+    assert (line.text, line.num_tokens, line.num_bytes) == ("漣x", 4, 4)
 
 
 def test_empty():

@@ -238,11 +238,15 @@ def test_lines_are_ranked_by_the_bits_of_the_tokens_that_start_on_them(tmp_path:
     assert lines["min_bytes"] == 16
 
 
-def test_lines_with_parts_of_characters_have_no_bits_per_byte(tmp_path: Path) -> None:
-    tokens = ["a long enough line \ufffd", "\ufffd\n", "another line that is whole\n"]
-    data, _ = build([scored("doc", tokens, [-1.0, -1.0, -1.0])], tmp_path / "r.html")
-    assert [(line[1], line[3] is None) for line in data["lines"]["bits"]] == [(0, True), (1, False)]
-    assert [line[1] for line in data["lines"]["bits_per_byte"]] == [1]
+def test_tokens_that_continue_a_character_count_for_its_line(tmp_path: Path) -> None:
+    tokens = ["a long enough line ", "é", "", "\n", "another line that is whole\n"]
+    data, _ = build([scored("doc", tokens, [-1.0, -2.0, -3.0, -1.0, -1.0])], tmp_path / "r.html")
+    first = data["lines"]["bits"][0]
+    size = len("a long enough line é\n".encode())
+    assert first[1] == 0
+    assert first[2] == pytest.approx(7 / math.log(2))
+    assert first[3] == pytest.approx(7 / math.log(2) / size)
+    assert first[4] == "a long enough line é"
 
 
 def test_lines_leave_out_prompts_and_the_torn_end_of_a_row(tmp_path: Path) -> None:

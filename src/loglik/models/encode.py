@@ -36,7 +36,8 @@ class EncodedText:
         scored_from: first scored token in `content`; `start`, or one more if nothing stands before the first token.
         boundary: how prompt and completion met.
         num_bytes: UTF-8 bytes of the text that `content[scored_from:]` stands for.
-        pieces: text of each content token; U+FFFD for a token that is only part of a character.
+        pieces: text of each content token, which together spell the text; a character cut into several tokens stands
+            with the first of them, and the others are empty.
         words: which word of the text each content token belongs to, -1 for none.
         has_unknown: whether a scored token is the unknown token, which stands for more than the text.
     """
@@ -247,12 +248,11 @@ def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def _pieces(text: str, spans: list[tuple[int, int]]) -> list[str]:
-    """Text of each token. Tokens that share a character's span are parts of it and shown as U+FFFD."""
-    pieces = []
-    for i, (begin, end) in enumerate(spans):
-        shared = (i > 0 and spans[i - 1] == (begin, end)) or (i + 1 < len(spans) and spans[i + 1] == (begin, end))
-        partial = shared and end - begin == 1 and not text[begin:end].isascii()
-        pieces.append("\ufffd" if partial else text[begin:end])
+    """Text of each token; what several tokens share, such as one character's bytes, stands with the first of them."""
+    pieces, covered = [], 0
+    for begin, end in spans:
+        pieces.append(text[max(begin, covered) : end])
+        covered = max(covered, end)
     return pieces
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 __all__ = ["ScoredLine", "scored_lines"]
 
@@ -18,24 +18,21 @@ class ScoredLine:
         text: without its line break.
         bits: of the scored tokens that start on the line.
         num_tokens: how many they are.
-        num_bytes: UTF-8 bytes of those tokens; None where one is only part of a character, so that they are unknown.
+        num_bytes: UTF-8 bytes of those tokens.
     """
 
     number: int
     text: str = ""
     bits: float = 0.0
     num_tokens: int = 0
-    num_bytes: int | None = field(default=0)
+    num_bytes: int = 0
 
     def _count(self, token: str, log_prob: float | None) -> None:
         if log_prob is None:
             return
         self.bits -= log_prob / math.log(2)
         self.num_tokens += 1
-        if "\ufffd" in token:
-            self.num_bytes = None
-        elif self.num_bytes is not None:
-            self.num_bytes += len(token.encode("utf-8", "surrogatepass"))
+        self.num_bytes += len(token.encode("utf-8", "surrogatepass"))
 
 
 def scored_lines(tokens: Sequence[str], log_probs: Sequence[float | None]) -> Iterator[ScoredLine]:

@@ -99,7 +99,7 @@ class _Line:
     map: int
     number: int
     bits: float
-    num_bytes: int | None  # None where a token is only part of a character, so that its bytes are not known
+    num_bytes: int
     text: str
 
     @property
@@ -107,8 +107,7 @@ class _Line:
         return self.bits / self.num_bytes if self.num_bytes else -math.inf
 
     def encode(self) -> list[Any]:
-        per_byte = _number(self.bits_per_byte) if self.num_bytes else None
-        return [self.map, self.number, _number(self.bits), per_byte, self.text]
+        return [self.map, self.number, _number(self.bits), _number(self.bits_per_byte), self.text]
 
 
 class ReportBuilder:
@@ -247,7 +246,7 @@ class ReportBuilder:
     # ------------------------------------------------------------------ encoding
     def _encode(self) -> dict[str, Any]:
         lines = [line for number, kept in enumerate(self._maps) for line in _lines(number, kept)]
-        dense = [line for line in lines if (line.num_bytes or 0) >= _MIN_LINE_BYTES]
+        dense = [line for line in lines if line.num_bytes >= _MIN_LINE_BYTES]
         return {
             "title": self._title,
             "subtitle": self._subtitle,

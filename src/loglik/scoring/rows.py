@@ -58,7 +58,8 @@ class ScoredRow:
             with the completion) or ``separate``.
         num_windowed: scored tokens that saw a shortened context.
         error: one sentence, or None.
-        tokens: text of every token of the row, unscored ones included.
+        tokens: text of every token of the row, unscored ones included; empty for a token that only continues a
+            character.
         token_log_probs: nats per token, None where not scored.
         skipped: the row was left out by the overflow policy, as asked; not a column, its `error` says so.
     """
