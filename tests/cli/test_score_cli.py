@@ -303,7 +303,14 @@ def test_outputs_that_cannot_be_written(cli, tmp_path):
     assert code == 2
     assert "--overwrite" in sentence(err)
     assert output.read_bytes() == before
+    assert cli(source, "-o", output, "--overwrite", model="nobody/has-this-model")[0] == 2
+    assert output.read_bytes() == before  # a run that cannot start discards nothing
     assert cli(source, "-o", output, "--overwrite")[0] == 0
+    assert output.read_bytes() == before
+    code, _, err = cli(source, "-o", output, "--overwrite", "--report", tmp_path / "no" / "r.html")
+    assert code == 2
+    assert "the report cannot be written" in sentence(err)
+    assert output.read_bytes() == before
 
 
 def test_unknown_model_name_without_network(cli, tmp_path):

@@ -270,9 +270,17 @@ def test_overwrite_removes_both_and_only_what_is_its_own(tmp_path: Path) -> None
     output.write_text("old")
     note = tmp_path / "out.jsonl.parts" / "note.md"
     note.write_text("mine")
-    assert start(output, overwrite=True).done_rows == 0
-    assert sorted(tmp_path.rglob("*")) == [note.parent, note]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    sink = start(output, overwrite=True)
+    assert sink.done_rows == 0
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before  # it may yet fail
+    sink.commit(ROWS[:1], "digest")
+    assert not output.exists()
+    names = {"manifest.json", "note.md", "part-00000000.json", "part-00000000.jsonl"}
+    assert {path.name for path in note.parent.iterdir()} == names
     write(output, ROWS, overwrite=True)
+    assert parse(output) == ROWS
+    assert sorted(tmp_path.rglob("*")) == [output, note.parent, note]
     assert note.read_text() == "mine"
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any, BinaryIO, Literal, TextIO
 
 from loglik.errors import InputError, RowError
@@ -107,7 +108,7 @@ def score_file(
     """
     rows = read_rows(job.source, fields=job.fields, format=job.format, stdin=stdin)
     first = next(rows)  # a missing or empty input shows here, before anything is loaded or written
-    builder = _report(job) if job.report is not None else None
+    builder = _report(job, job.report) if job.report is not None else None
     sink = open_sink(
         job.output,
         settings=_settings(job),
@@ -206,6 +207,9 @@ def _settings(job: ScoreJob) -> dict[str, Any]:
     }
 
 
-def _report(job: ScoreJob) -> ReportBuilder:
+def _report(job: ScoreJob, path: str) -> ReportBuilder:
+    """An empty report; a path that cannot take it is refused now and not after the work."""
+    if Path(path).is_dir() or not Path(path).parent.is_dir():
+        raise InputError(f"the report cannot be written to {path}: name a file in a folder that exists")
     facts = {"input": job.source, **{k: str(v) for k, v in _settings(job).items() if v is not None}}
     return ReportBuilder(title="Log-likelihood report", subtitle=job.source, facts=facts)

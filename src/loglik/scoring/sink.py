@@ -164,6 +164,7 @@ class _PartsSink:
         self._manifest = self._parts / "manifest.json"
         self._merged = self._parts / "merged.tmp"
         self._count = 0  # committed parts
+        self._discard = False  # what is there goes when the first rows come: until then, a run may still fail to start
         self._state: str | None = None  # "open" or "merging", as the manifest on disk says; None: there is none
 
     def open(self, *, resume: bool, overwrite: bool) -> None:
@@ -181,10 +182,8 @@ class _PartsSink:
             if output.exists() and not (resume or overwrite):
                 raise InputError(f"{output} exists; pass --overwrite to replace it or choose another --output")
             self._probe()
-            if overwrite:
-                output.unlink(missing_ok=True)
-                self._clear()
-            elif resume:
+            self._discard = overwrite
+            if resume:
                 self._take_up()
         except OSError as error:
             raise InputError(f"{output} cannot be written ({_reason(error)}): choose another --output") from None
@@ -335,6 +334,10 @@ class _PartsSink:
         """Have the manifest say `state`; the first call creates the directory."""
         if self._state == state:
             return
+        if self._discard:
+            self._output.unlink(missing_ok=True)
+            self._clear()
+            self._discard = False
         if self._state is None:
             self._parts.mkdir(exist_ok=True)
             if self._manifest.exists():
