@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import platform
 import shutil
 from dataclasses import asdict, dataclass
@@ -27,8 +26,7 @@ from loglik.models.causal import CausalLM
 from loglik.models.load import load
 from loglik.models.stdlib_text import HELD_OUT, Document, stdlib_documents
 from loglik.objectives import MaximumLikelihood
-from loglik.scoring.engine import ScoreOptions, Scorer
-from loglik.scoring.rows import InputRow
+from loglik.scoring.score import score
 from loglik.training import TokenBlocks, TrainConfig, fit
 
 SPECIAL = "<|endoftext|>"
@@ -212,10 +210,8 @@ def describe(record: dict[str, Any]) -> str:
 
 def held_out_bits_per_byte(directory: Path) -> float:
     """Of the weights as they are shipped, in float32, with windows of half the context."""
-    scorer = Scorer(load(directory, device="cpu"), ScoreOptions(overflow="window"))
-    rows = scorer.score_rows([InputRow(d.name, d.name, "", d.text) for d in stdlib_documents("held_out")])
-    nats = math.fsum(row.log_prob or 0.0 for row in rows)
-    return -nats / math.log(2) / sum(row.num_bytes or 0 for row in rows)
+    texts = [d.text for d in stdlib_documents("held_out")]
+    return score(load(directory, device="cpu"), texts, unit="byte", overflow="window").total().bits_per_byte().item()
 
 
 if __name__ == "__main__":

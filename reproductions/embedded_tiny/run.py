@@ -7,33 +7,30 @@ names, and another version's modules differ a little. A 5-gram Kneser-Ney model 
 from __future__ import annotations
 
 import json
-import math
 import platform
 from pathlib import Path
 
 from loglik.models.load import load
 from loglik.models.ngram import NGramLM
+from loglik.models.protocol import TextModel
 from loglik.models.stdlib_text import stdlib_documents
-from loglik.scoring.engine import ScoreOptions, Scorer
-from loglik.scoring.rows import InputRow
+from loglik.scoring.score import score
 
 HERE = Path(__file__).parent
 RECORD = HERE.parents[1] / "recipes" / "tiny" / "record.json"
 
 
-def bits_per_byte(model: object, options: ScoreOptions) -> float:
-    rows = [InputRow(d.name, d.name, "", d.text) for d in stdlib_documents("held_out")]
-    scored = Scorer(model, options).score_rows(rows)  # type: ignore[arg-type]
-    nats = math.fsum(row.log_prob or 0.0 for row in scored)
-    return -nats / math.log(2) / sum(row.num_bytes or 0 for row in scored)
+def bits_per_byte(model: TextModel) -> float:
+    texts = [d.text for d in stdlib_documents("held_out")]
+    return score(model, texts, unit="byte", overflow="window").total().bits_per_byte().item()
 
 
 def main() -> str:
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     claimed = record["held_out_bits_per_byte"]
-    tiny = bits_per_byte(load("tiny", device="cpu"), ScoreOptions(overflow="window"))
+    tiny = bits_per_byte(load("tiny", device="cpu"))
     train = [d.text for d in stdlib_documents("train")]
-    ngram = bits_per_byte(NGramLM.train(train, order=5), ScoreOptions())
+    ngram = bits_per_byte(NGramLM.train(train, order=5))
     same_python = record["python"] == platform.python_version()
     tolerance = 1e-3 if same_python else 0.05
     verdict = "reproduced" if abs(tiny - claimed) <= tolerance and tiny < ngram else "not reproduced"

@@ -29,10 +29,11 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def bar(description: str, *, total: int | None, unit: str) -> Iterator[Callable[..., None]]:
+def bar(description: str, *, total: int | Callable[[], int | None] | None, unit: str) -> Iterator[Callable[..., None]]:
     """Show progress while the block runs; yields ``advance(n=1, note="")``.
 
-    `total` None means that the end is not known: then the count and the rate are shown without time left.
+    `total` None means that the end is not known: then the count and the rate are shown without time left. A function
+    that finds it out is called only if the bar is shown.
     """
     console = stderr_console()
     columns = [
@@ -44,6 +45,8 @@ def bar(description: str, *, total: int | None, unit: str) -> Iterator[Callable[
         TextColumn("{task.fields[note]}"),
     ]
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=False) as progress:
+        if callable(total):
+            total = total() if console.is_terminal else None
         task = progress.add_task(description, total=total, note="")
         shown = time.monotonic()
         pending = 0

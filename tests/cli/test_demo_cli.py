@@ -11,6 +11,7 @@ import loglik
 from loglik.cli import main
 from loglik.models import stdlib_text
 from loglik.models.stdlib_text import Document
+from zoo import SEQ2SEQ, build, t5_tokenizer
 
 TEXTS = {
     "bisect.py": "def insort(a, x):\n    a.insert(0, x)\n",
@@ -58,3 +59,14 @@ def test_a_report_that_cannot_be_written_is_one_sentence(demo, tmp_path, capsys)
         demo("--report", str(tmp_path / "no" / "report.html"))
     assert stop.value.code == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_document_that_cannot_be_scored_is_named(demo, tmp_path, capsys):
+    """An encoder-decoder has no windows: the first document beyond its context stops the demo with a sentence."""
+    tokenizer = t5_tokenizer()
+    build(SEQ2SEQ["bart"], len(tokenizer)).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    with pytest.raises(SystemExit) as stop:
+        demo("--model", str(tmp_path / "m"))
+    assert stop.value.code == 2
+    assert "tomllib/a.py: the completion has" in capsys.readouterr().err

@@ -94,3 +94,14 @@ def test_sampling_without_anything_to_start_from():
         CausalLM(build(CAUSAL["gpt2"], VOCABULARY)).sample(1)
     with pytest.raises(ValueError, match="given a source"):
         Seq2SeqLM(build(SEQ2SEQ["t5"], VOCABULARY)).sample(1)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_double_precision_is_kept(name):
+    """float64 weights give float64 distributions, normalised accordingly."""
+    raw = build((CAUSAL | SEQ2SEQ)[name], VOCABULARY).double()
+    model = CausalLM(raw) if name in CAUSAL else Seq2SeqLM(raw)
+    with torch.no_grad():
+        nexts = model.next_log_probs(TokenBatch.from_lists([[1, 3]], starts=[2]))
+    assert nexts.dtype == torch.float64
+    torch.testing.assert_close(nexts.exp().sum(-1), torch.ones(1, dtype=torch.float64), atol=1e-12, rtol=0)

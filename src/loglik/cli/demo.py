@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from loglik.errors import RowError
 from loglik.progress import bar
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class Demo:
         from loglik.models.stdlib_text import HELD_OUT, stdlib_documents
         from loglik.scoring.engine import ScoreOptions, Scorer
         from loglik.scoring.report import ReportBuilder
+        from loglik.scoring.rows import InputRow
 
         model = load(self.model)
         scorer = Scorer(model, ScoreOptions(overflow="window"))
@@ -52,14 +53,20 @@ class Demo:
                 "model": f"{self.model} ({model!r})",
                 "kind": str(model.kind),
                 "BOS": scorer.encoder.describe_bos(),
-                "overflow": f"windows, stride {(model.max_length or 0) // 2}",
+                "overflow": f"windows, stride {model.max_length // 2}"
+                if model.max_length
+                else "none: no context limit",
             },
             max_tokens=120_000,
         )
         rows = []
         with bar("scoring", total=len(documents), unit="files") as advance:
-            for document, row in self._scored(scorer, documents):
-                builder.add(row, name=document.name)
+            for document in documents:
+                source = InputRow(document.name, document.name, "", document.text)
+                row = scorer.score_rows([source], per_token=True)[0]
+                if row.error is not None:
+                    raise RowError(row.error, row=document.name)
+                builder.add(row)
                 rows.append((document, row))
                 advance(1)
         console = Console()
@@ -67,16 +74,6 @@ class Demo:
         console.print(_surprises(rows, self.lines))
         builder.write(self.report)
         console.print(f"Token by token, with every value: [bold]{self.report}[/bold]")
-
-    @staticmethod
-    def _scored(scorer: object, documents: list[Document]) -> Iterator[tuple[Document, ScoredRow]]:
-        from loglik.scoring.engine import Scorer
-        from loglik.scoring.rows import InputRow
-
-        assert isinstance(scorer, Scorer)
-        for document in documents:
-            row = InputRow(document.name, document.name, "", document.text)
-            yield document, replace(scorer.score_rows([row], per_token=True)[0], id=document.name)
 
 
 def _modules(rows: list[tuple[Document, ScoredRow]]) -> Table:

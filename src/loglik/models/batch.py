@@ -102,6 +102,27 @@ class TokenBatch:
         width = self.ids.shape[1]
         return torch.where(self.scored_mask.any(1), self.scored_mask.int().argmax(1), width)
 
+    def require_context(self) -> None:
+        """Refuse left-aligned rows whose first token is scored: nothing stands before it.
+
+        Raises:
+            ValueError: naming the first such row.
+        """
+        if bool(self.scored_mask[:, :1].any()):
+            row = int(self.scored_mask[:, 0].nonzero()[0])
+            raise ValueError(f"row {row}: the first token cannot be scored, nothing stands before it; prepend BOS")
+
+    def prefix_lengths(self) -> Tensor:
+        """(B,) real tokens of each row, none of which may be empty.
+
+        Raises:
+            ValueError: if a row has no token to condition on.
+        """
+        lengths = self.attention_mask.sum(1)
+        if bool((lengths == 0).any()):
+            raise ValueError("a prefix is empty; give BOS or a prompt to condition on")
+        return lengths
+
     def packed_left(self) -> tuple[TokenBatch, Tensor]:
         """The rows without their padding, aligned left, and (B, T') the column each token came from.
 

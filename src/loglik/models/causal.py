@@ -12,7 +12,7 @@ from loglik.likelihood import LogLikelihood
 from loglik.models.batch import TokenBatch
 from loglik.models.encode import Layout
 from loglik.models.sampling import ancestral_samples
-from loglik.models.tokens import greedy_match, labelled, selected_log_probs
+from loglik.models.tokens import greedy_match, labelled, selected_log_probs, widened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,9 +63,7 @@ class CausalLM:
         """`log_prob`, and (B, T) bool whether each scored token is the model's first choice."""
         x = x.to(self.device)
         packed, origin = x.packed_left()
-        if bool(packed.scored_mask[:, :1].any()):
-            row = int(packed.scored_mask[:, 0].nonzero()[0])
-            raise ValueError(f"row {row}: the first token cannot be scored, nothing stands before it; prepend BOS")
+        packed.require_context()
         terms = torch.zeros(packed.ids.shape, dtype=torch.float32, device=self.device)
         greedy = torch.zeros_like(packed.attention_mask)
         if bool(packed.scored_mask.any()):
@@ -78,14 +76,12 @@ class CausalLM:
         return labelled(x, packed, origin, terms, greedy, kind=self.kind)
 
     def next_log_probs(self, prefix: TokenBatch) -> Tensor:
-        """(B, V) log-probabilities of the token after each row, float32, nats; rows must not be empty."""
+        """(B, V) log-probabilities of the token after each row, float32 or better, nats; rows must not be empty."""
         packed, _ = prefix.to(self.device).packed_left()
-        lengths = packed.attention_mask.sum(1)
-        if bool((lengths == 0).any()):
-            raise ValueError("a prefix is empty; give BOS or a prompt to condition on")
+        lengths = packed.prefix_lengths()
         logits = self._logits(packed.ids)
         last = logits[torch.arange(len(packed), device=self.device), lengths - 1]
-        return torch.log_softmax(last.float(), dim=-1)
+        return torch.log_softmax(widened(last), dim=-1)
 
     def hidden_states(self, x: TokenBatch) -> Tensor:
         """(B, T, D) last hidden states at the columns of `x`, zero at padding."""
@@ -96,7 +92,6 @@ class CausalLM:
         index = origin.unsqueeze(-1).expand_as(out)
         return full.scatter_add(1, index, out.masked_fill(~packed.attention_mask.unsqueeze(-1), 0.0))
 
-    @torch.no_grad()
     def sample(
         self,
         n: int,

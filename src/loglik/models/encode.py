@@ -9,6 +9,7 @@ never doubled.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +17,9 @@ from tokenizers import Tokenizer
 
 from loglik.errors import InputError, RowError
 
-__all__ = ["BosPolicy", "Boundary", "BoundaryPolicy", "EncodedText", "Layout", "TextEncoder"]
+__all__ = ["NOT_TEXT", "BosPolicy", "Boundary", "BoundaryPolicy", "EncodedText", "Layout", "TextEncoder"]
+
+NOT_TEXT = re.compile("[\x00\ud800-\udfff]")  # NUL, and halves of surrogate pairs
 
 Layout = Literal["causal", "seq2seq", "masked"]
 BoundaryPolicy = Literal["joint", "separate"]
@@ -214,13 +217,10 @@ class TextEncoder:
 
 def check_text(text: str, name: str) -> None:
     """Refuse what no tokenizer can represent: lone surrogates and NUL."""
-    if text.isascii():
-        position = text.find("\0")
-    else:
-        position = next((i for i, c in enumerate(text) if c == "\0" or "\ud800" <= c <= "\udfff"), -1)
-    if position >= 0:
-        what = "a NUL character" if text[position] == "\0" else f"a lone surrogate (U+{ord(text[position]):04X})"
-        raise RowError(f"the {name} has {what} at character {position}: remove or replace it")
+    found = NOT_TEXT.search(text)
+    if found is not None:
+        what = "a NUL character" if found.group() == "\0" else f"a lone surrogate (U+{ord(found.group()):04X})"
+        raise RowError(f"the {name} has {what} at character {found.start()}: remove or replace it")
 
 
 def _without_post_processor(tokenizer: Any) -> Tokenizer | None:

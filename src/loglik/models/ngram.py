@@ -108,9 +108,7 @@ class NGramLM:
     def score_tokens(self, x: TokenBatch) -> tuple[LogLikelihood, Tensor]:
         """`log_prob`, and (B, T) bool whether each scored token is the model's first choice (ties count)."""
         packed, origin = x.packed_left()
-        if bool(packed.scored_mask[:, :1].any()):
-            row = int(packed.scored_mask[:, 0].nonzero()[0])
-            raise ValueError(f"row {row}: the first token cannot be scored, nothing stands before it; prepend BOS")
+        packed.require_context()
         probs, best = self.smoothing.score(self._ids(packed))
         terms = torch.from_numpy(np.log(probs)).to(x.ids.device).masked_fill(~packed.scored_mask, 0.0)
         greedy = torch.from_numpy(probs >= best).to(x.ids.device) & packed.scored_mask
@@ -119,9 +117,7 @@ class NGramLM:
     def next_log_probs(self, prefix: TokenBatch) -> Tensor:
         """(B, V) log-probabilities of the token after each row, float64, nats; rows must not be empty."""
         packed, _ = prefix.packed_left()
-        lengths = packed.attention_mask.sum(1)
-        if bool((lengths == 0).any()):
-            raise ValueError("a prefix is empty; give BOS or a prompt to condition on")
+        lengths = packed.prefix_lengths()
         ids = self._ids(packed)
         columns = lengths.cpu().numpy()[:, None] - np.arange(max(1, self.order - 1), 0, -1)
         context = np.where(columns >= 0, np.take_along_axis(ids, np.maximum(columns, 0), 1), -1)

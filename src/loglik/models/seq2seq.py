@@ -12,7 +12,7 @@ from loglik.likelihood import LogLikelihood
 from loglik.models.batch import TokenBatch
 from loglik.models.encode import Layout
 from loglik.models.sampling import ancestral_samples
-from loglik.models.tokens import greedy_match, labelled, selected_log_probs
+from loglik.models.tokens import greedy_match, labelled, selected_log_probs, widened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,7 +87,7 @@ class Seq2SeqLM:
         return labelled(x, packed, origin, terms, greedy, kind=self.kind)
 
     def next_log_probs(self, prefix: TokenBatch) -> Tensor:
-        """(B, V) log-probabilities of the target token after each row (an empty target is allowed), float32, nats."""
+        """(B, V) log-probabilities after each row, whose target may be empty; float32 or better, nats."""
         packed, _ = prefix.to(self.device).packed_left()
         source, target, _ = _split(packed)
         lengths = target.attention_mask.sum(1)
@@ -95,7 +95,7 @@ class Seq2SeqLM:
         ids = torch.nn.functional.pad(target.ids, (0, 1))
         longer = TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool))
         logits = self._logits(source, longer)
-        return torch.log_softmax(logits[torch.arange(len(packed), device=self.device), lengths].float(), dim=-1)
+        return torch.log_softmax(widened(logits[torch.arange(len(packed), device=self.device), lengths]), dim=-1)
 
     def sample(
         self,

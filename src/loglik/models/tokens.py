@@ -9,7 +9,7 @@ from loglik.kinds import Kind
 from loglik.likelihood import LogLikelihood
 from loglik.models.batch import TokenBatch
 
-__all__ = ["greedy_match", "labelled", "selected_log_probs"]
+__all__ = ["greedy_match", "labelled", "selected_log_probs", "widened"]
 
 
 def selected_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
@@ -22,8 +22,12 @@ def selected_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
     Returns:
         (N,) nats, differentiable; never above 0.
     """
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return -torch.nn.functional.cross_entropy(wide, targets, reduction="none")
+    return -torch.nn.functional.cross_entropy(widened(logits), targets, reduction="none")
+
+
+def widened(logits: Tensor) -> Tensor:
+    """Logits in float32 or better: half precision is widened, float64 stays."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def greedy_match(logits: Tensor, targets: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import BinaryIO, Literal
 import pyarrow.parquet as pq
 
 from loglik.errors import InputError, RowError
+from loglik.models.encode import NOT_TEXT
 from loglik.scoring.fields import DEFAULT_FIELDS, Fields, choose_fields
 from loglik.scoring.records import (
     Record,
@@ -38,7 +38,6 @@ _EXTENSIONS: dict[str, tuple[Literal["jsonl", "parquet", "csv", "txt"], str]] = 
     ".tsv": ("csv", "\t"),
     ".txt": ("txt", ""),
 }
-_UNWRITABLE = re.compile("[\x00\ud800-\udfff]")
 _ESCAPED_BYTES = range(0xDC80, 0xDD00)  # what "surrogateescape" makes of bytes that are not UTF-8
 
 
@@ -180,7 +179,7 @@ def _text(value: object, field: str, *, escaped: bool) -> str:
 
 def _writable(text: str, field: str, *, escaped: bool) -> str:
     """`text`, if it is Unicode text without NUL; positions count characters from 1."""
-    found = _UNWRITABLE.search(text)
+    found = NOT_TEXT.search(text)
     if found is None:
         return text
     point, place = ord(found.group()), f"at character {found.start() + 1} of field {field!r}"

@@ -129,7 +129,7 @@ def score_file(
     rest = _skip_done(chain([first], rows), sink, digest)
     scorer = Scorer(model() if callable(model) else model, job.options)
     summary.bos = scorer.encoder.describe_bos()
-    with bar("scoring", total=estimate_rows(job.source, job.format), unit="rows") as advance:
+    with bar("scoring", total=lambda: estimate_rows(job.source, job.format), unit="rows") as advance:
         advance(sink.done_rows)
         for chunk in _chunks(rest):
             scored = scorer.score_rows(chunk, per_token=job.per_token or builder is not None)

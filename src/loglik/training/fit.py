@@ -83,6 +83,9 @@ def fit(
     accelerator = Accelerator(
         mixed_precision=config.precision, dataloader_config=DataLoaderConfiguration(dispatch_batches=False)
     )
+    per_step, uneven = divmod(config.batch_size // config.micro, accelerator.num_processes)
+    if uneven or per_step < 1:
+        raise InputError(f"{accelerator.num_processes} processes cannot share batch {config.batch_size} evenly")
     module: Any = model.model
     optimizer = _optimizer(module, config)
     start, loss, log = _prepare(out, config, module, optimizer, resume=resume)
@@ -97,10 +100,8 @@ def fit(
     loader = DataLoader(data, batch_sampler=sampler, collate_fn=collate)
     wrapped, optimizer, loader = accelerator.prepare(module, optimizer, loader)
     model.model = wrapped
-    per_step = config.batch_size // config.micro // accelerator.num_processes
-    if per_step < 1 or (config.batch_size // config.micro) % accelerator.num_processes:
-        raise InputError(f"{accelerator.num_processes} processes cannot share batch {config.batch_size} evenly")
     begun, batches = time.monotonic(), iter(loader)
+    measured: float | None = None
     module.train()
     try:
         with bar("training", total=config.steps - start, unit="steps") as advance:
@@ -115,7 +116,7 @@ def fit(
                 record |= {"learning_rate": config.learning_rate_at(step), "seconds": time.monotonic() - begun}
                 due = validation is not None and (last or (config.eval_every and (step + 1) % config.eval_every == 0))
                 if due and validation is not None:
-                    record["validation"] = evaluate(model, objective, validation, batch_size=config.micro)
+                    record["validation"] = measured = evaluate(model, objective, validation, batch_size=config.micro)
                 if accelerator.is_main_process and (due or last or (step + 1) % config.log_every == 0):
                     with log.open("a", encoding="utf-8") as handle:
                         handle.write(json.dumps(record) + "\n")
@@ -126,13 +127,14 @@ def fit(
     finally:
         model.model = module
         module.eval()
-    final = evaluate(model, objective, validation, batch_size=config.micro) if validation is not None else None
+    if validation is not None and measured is None:  # nothing was left to train; else the last step has measured
+        measured = evaluate(model, objective, validation, batch_size=config.micro)
     if accelerator.is_main_process:
         with quiet_transformers():
             module.save_pretrained(out)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(out)
-    return FitResult(config.steps, loss, final, time.monotonic() - begun, out)
+    return FitResult(config.steps, loss, measured, time.monotonic() - begun, out)
 
 
 @torch.no_grad()
