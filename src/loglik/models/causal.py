@@ -2,6 +2,7 @@ r"""Causal language models: exact :math:`\log p(x) = \sum_t \log p(x_t \mid x_{<
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,8 +12,10 @@ from loglik.kinds import DrawsKey, Kind, Unit
 from loglik.likelihood import LogLikelihood
 from loglik.models.batch import TokenBatch
 from loglik.models.encode import Layout
+from loglik.models.paths import ForwardPath, PathReport, find_path
 from loglik.models.sampling import ancestral_samples
 from loglik.models.tokens import greedy_match, labelled, selected_log_probs, widened
+from loglik.models.trunk import Trunk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,6 +43,29 @@ class CausalLM:
     def __init__(self, model: PreTrainedModel, tokenizer: Any = None) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self._paths: dict[str | None, PathReport] = {}
+
+    @cached_property
+    def trunk(self) -> Trunk | None:
+        """The model without its head, and the head by itself; None for a network that cannot be taken apart."""
+        vocabulary = self.model.config.get_text_config().vocab_size
+        probe = torch.arange(3, 9, device=self.device)[None] % vocabulary
+        try:
+            return Trunk(self.model, {"input_ids": probe})
+        except TypeError:
+            return None
+
+    def forward_path(self, wanted: ForwardPath | None = None) -> PathReport:
+        """The fastest way through this network that gives its own numbers, found by trying (once).
+
+        Raises:
+            ValueError: if the wanted path is not possible, with the reason.
+        """
+        if wanted not in self._paths:
+            if self.trunk is None:
+                raise ValueError("this network cannot be taken apart into hidden states and head")
+            self._paths[wanted] = find_path(self.trunk, wanted)
+        return self._paths[wanted]
 
     @property
     def device(self) -> torch.device:
@@ -68,11 +94,16 @@ class CausalLM:
         greedy = torch.zeros_like(packed.attention_mask)
         if bool(packed.scored_mask.any()):
             picked = packed.scored_mask[:, 1:]
-            logits = self._logits(packed.ids[:, :-1])[picked]  # the last token is only ever a target
             targets = packed.ids[:, 1:][picked]
-            chosen = selected_log_probs(logits, targets)
+            inputs = packed.ids[:, :-1]  # the last token is only ever a target
+            if self.trunk is None:
+                logits = self._logits(inputs)[picked]
+                chosen, first = selected_log_probs(logits, targets), greedy_match(logits.detach(), targets)
+            else:
+                hidden = self.trunk.hidden(input_ids=inputs, use_cache=False)[picked]
+                chosen, first, _ = self.trunk.log_probs(hidden, targets)
             terms = terms.to(chosen.dtype).masked_scatter(packed.scored_mask, chosen)
-            greedy = greedy.masked_scatter(packed.scored_mask, greedy_match(logits.detach(), targets))
+            greedy = greedy.masked_scatter(packed.scored_mask, first)
         return labelled(x, packed, origin, terms, greedy, kind=self.kind)
 
     def next_log_probs(self, prefix: TokenBatch) -> Tensor:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-import torch
 
 from loglik.errors import InputError, RowError
 from loglik.kinds import Kind
-from loglik.models.batch import TokenBatch
 from loglik.models.encode import BosPolicy, BoundaryPolicy, EncodedText, TextEncoder
 from loglik.models.protocol import TextModel
+from loglik.scoring.budget import Budget
+from loglik.scoring.execute import EnginePath, Executor, WindowScores
 from loglik.scoring.rows import InputRow, ScoredRow
 from loglik.scoring.windows import OverflowPolicy, Window, check_stride, windows
 
@@ -28,7 +27,9 @@ class ScoreOptions:
         bos: when BOS is prepended.
         overflow: what happens to a row that exceeds the context.
         stride: scored tokens per window; half the context if None.
-        max_batch_tokens: tokens per forward pass, padding included; chosen from device and vocabulary if None.
+        max_batch_tokens: tokens per forward pass; by device if None.
+        max_cache_bytes: bytes of keys and values that shared prefixes may hold; a quarter of the free memory if None.
+        path: how a causal model's forward passes run (`loglik.models.paths`); the fastest it can run if ``auto``.
     """
 
     boundary: BoundaryPolicy = "joint"
@@ -36,19 +37,21 @@ class ScoreOptions:
     overflow: OverflowPolicy = "error"
     stride: int | None = None
     max_batch_tokens: int | None = None
+    max_cache_bytes: int | None = None
+    path: EnginePath = "auto"
 
     def __post_init__(self) -> None:
         choices = {
             "boundary": ("joint", "separate"),
             "bos": ("auto", "always", "never"),
             "overflow": ("error", "window", "skip"),
+            "path": ("auto", "packed", "cached", "padded"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         check_stride(self.stride, None)
-        if self.max_batch_tokens is not None and self.max_batch_tokens < 1:
-            raise InputError(f"max_batch_tokens must be at least 1, got {self.max_batch_tokens}")
+        Budget(self.max_batch_tokens, self.max_cache_bytes)
 
 
 @dataclass(slots=True)
@@ -76,6 +79,17 @@ class TokenScores:
         """Nats, summed exactly."""
         return math.fsum(self.terms)
 
+    def add(self, window: Window, scores: WindowScores) -> None:
+        """Put a window's numbers in their place."""
+        count = window.scored_to - window.scored_from
+        if len(scores.terms) != count:
+            raise AssertionError(f"{len(scores.terms)} numbers came back for {count} scored tokens")
+        content = slice(window.content_from, window.content_from + count)
+        self.terms[content] = scores.terms
+        self.scored[content] = [True] * count
+        self.is_greedy = self.is_greedy and all(scores.greedy)
+        self.num_windowed += window.num_shortened
+
 
 class Scorer:
     """Scores rows of text with one model and one set of options.
@@ -91,7 +105,8 @@ class Scorer:
         self.encoder = TextEncoder(
             model.tokenizer, layout=model.layout, boundary=self.options.boundary, bos=self.options.bos
         )
-        self.budget = self.options.max_batch_tokens or _token_budget(model)
+        budget = Budget(self.options.max_batch_tokens, self.options.max_cache_bytes)
+        self.executor = Executor(model, path=self.options.path, budget=budget)
 
     def score_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[TokenScores | RowError]:
         """Scores of (prompt, completion) pairs, in order; a row that cannot be scored gives its error.
@@ -121,8 +136,10 @@ class Scorer:
             count = len(text.content)
             results.append(TokenScores(text, kind, [0.0] * count, [False] * count))
             jobs.extend((index, window) for window in cut)
-        for batch in _batches(jobs, self.budget):
-            self._score_batch(batch, results)
+        for (index, window), scores in zip(jobs, self.executor.run([w for _, w in jobs]), strict=True):
+            row = results[index]
+            assert isinstance(row, TokenScores)
+            row.add(window, scores)
         return [_checked(result) for result in results]
 
     def score_rows(self, rows: Sequence[InputRow], *, per_token: bool = False) -> list[ScoredRow]:
@@ -165,55 +182,9 @@ class Scorer:
             token_log_probs=[*([None] * len(head)), *terms, *([None] * len(tail))],
         )
 
-    @torch.inference_mode()
-    def _score_batch(self, jobs: Sequence[tuple[int, Window]], results: list[TokenScores | RowError]) -> None:
-        cut = [window for _, window in jobs]
-        batch = TokenBatch.from_lists(
-            [w.ids for w in cut],
-            starts=[w.start for w in cut],
-            scored_from=[w.scored_from for w in cut],
-            words=[w.words for w in cut],
-        )
-        for i, window in enumerate(cut):
-            batch.scored_mask[i, window.scored_to :] = False
-        likelihood, greedy = self.model.score_tokens(batch)
-        assert likelihood.per_unit is not None
-        terms, first = likelihood.per_unit.cpu(), greedy.cpu()
-        for i, (index, window) in enumerate(jobs):
-            row = results[index]
-            assert isinstance(row, TokenScores)
-            columns = slice(window.scored_from, window.scored_to)
-            count = window.scored_to - window.scored_from
-            content = slice(window.content_from, window.content_from + count)
-            row.terms[content] = terms[i, columns].tolist()
-            row.scored[content] = [True] * count
-            row.is_greedy = row.is_greedy and bool(first[i, columns].all())
-            row.num_windowed += window.num_shortened
-
 
 def _checked(result: TokenScores | RowError) -> TokenScores | RowError:
     """A row whose terms are numbers, or the error that they are not. -inf is a legal log 0."""
     if isinstance(result, TokenScores) and any(math.isnan(term) or term == math.inf for term in result.terms):
         return RowError("the model returned logits that are not finite (NaN): check its weights and dtype")
     return result
-
-
-def _batches(jobs: Sequence[tuple[int, Window]], budget: int) -> Iterator[list[tuple[int, Window]]]:
-    """Jobs of similar length, longest first, at most `budget` tokens with padding (a longer row goes alone)."""
-    ordered = sorted(jobs, key=lambda job: -len(job[1].ids))
-    batch: list[tuple[int, Window]] = []
-    for job in ordered:
-        width = len((batch or [job])[0][1].ids)
-        if batch and width * (len(batch) + 1) > budget:
-            yield batch
-            batch = []
-        batch.append(job)
-    if batch:
-        yield batch
-
-
-def _token_budget(model: TextModel) -> int:
-    """Tokens per pass: what stays in a CPU's caches, or else such that float32 logits stay near half a gigabyte."""
-    if str(getattr(model, "device", "")) == "cpu":
-        return 1024
-    return max(1024, min(8192, 2**27 // max(1, len(model.tokenizer))))

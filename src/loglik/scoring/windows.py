@@ -26,6 +26,7 @@ class Window:
         words: word of each token.
         content_from: first scored token in the row's `content`.
         num_shortened: scored tokens that see less context than the row has before them.
+        probes: tokens in `ids` after which the log-mass of a subset of the vocabulary is asked for.
     """
 
     ids: list[int]
@@ -35,6 +36,7 @@ class Window:
     words: list[int]
     content_from: int
     num_shortened: int
+    probes: tuple[int, ...] = ()
 
 
 def check_stride(stride: int | None, max_length: int | None) -> None:

@@ -1,0 +1,348 @@
+"""Windows of token ids in, log-probabilities of their scored tokens out, by the fastest path the model can run.
+
+`packed`, `cached` and `padded` compute every distinct (prefix, token) of a causal model once, or as near to it as the
+path allows (`loglik.models.paths`); `direct` hands batches of whole windows to any other model. Only hidden states
+that predict a scored token reach the LM head. Every answer is counted: a token that no pass computed, or that two did,
+is an error and never a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from loglik.errors import InputError
+from loglik.models.batch import TokenBatch
+from loglik.models.causal import CausalLM
+from loglik.models.paths import PathReport, cached_hidden, scaled_rope_start
+from loglik.models.protocol import TextModel
+from loglik.models.tree_attention import KeyValuePath, TreeRow, tree_hidden
+from loglik.models.trunk import Trunk
+from loglik.scoring.batches import Batch, BatchPlan, make_batches
+from loglik.scoring.budget import Budget
+from loglik.scoring.forest import Forest
+from loglik.scoring.plan import Pack, Plan, make_plan
+from loglik.scoring.windows import Window
+
+__all__ = ["EnginePath", "Executor", "WindowScores"]
+
+EnginePath = Literal["auto", "packed", "cached", "padded"]
+
+# Hidden states wait for the head until there are this many: reading a large head for a few rows is slow.
+HEAD_ROWS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class WindowScores:
+    """Numbers of one window.
+
+    Args:
+        terms: nats of tokens `scored_from` to `scored_to`.
+        greedy: whether each of them is the model's first choice.
+        masses: log-mass of the subset after each of the window's probes.
+    """
+
+    terms: list[float]
+    greedy: list[bool]
+    masses: list[float]
+
+
+class _Demand(NamedTuple):
+    """Columns of a pass that are read: `flat` are the answers' places, `target` -1 asks for a mass."""
+
+    column: NDArray[np.int64]
+    flat: NDArray[np.int64]
+    target: NDArray[np.int64]
+
+
+class _Runner(Protocol):
+    def run(self, part: Pack | Batch) -> Tensor:
+        """(size, D) hidden states of one pass."""
+
+
+class Executor:
+    """Runs windows through a model.
+
+    Args:
+        model: any text model; causal models of transformers share prefixes.
+        path: `auto`, or one that the model must be able to run.
+        budget: tokens and bytes per pass; found from device and model if None.
+
+    Raises:
+        InputError: for a path that this model cannot run.
+    """
+
+    def __init__(self, model: TextModel, *, path: EnginePath = "auto", budget: Budget | None = None) -> None:
+        self.model = model
+        self.budget = (budget or Budget()).resolved(model)
+        self.report: PathReport | None = None
+        self._trunk: Trunk | None = None
+        if isinstance(model, CausalLM) and model.trunk is not None:
+            try:
+                self.report = model.forward_path(None if path == "auto" else path)
+            except ValueError as error:
+                raise InputError(f"{error}; leave the path at auto") from None
+            self._trunk = model.trunk
+        elif path not in ("auto", "padded"):
+            raise InputError(f"{path} passes need a causal model of transformers; leave the path at auto")
+
+    def describe(self) -> str:
+        """Which path runs, and why not a faster one."""
+        if self.report is None:
+            return "padded batches of whole rows"
+        return self.report.describe()
+
+    def plan(self, windows: Sequence[Window]) -> Plan | BatchPlan:
+        """The passes that a causal model's windows need.
+
+        Raises:
+            InputError: for a model that is not causal: its rows share nothing.
+        """
+        if self._trunk is None or self.report is None:
+            raise InputError("a plan exists for causal models of transformers only: other models share no prefixes")
+        # The last token is only ever a target, unless what follows it is asked for.
+        forest = Forest([w.ids if len(w.ids) - 1 in w.probes else w.ids[:-1] for w in windows])
+        budget = self.budget
+        if self.report.path == "packed":
+            return make_plan(
+                forest,
+                pack_tokens=budget.pack_tokens,
+                under_prefix=budget.pack_tokens,
+                cache_tokens=budget.cache_tokens,
+            )
+        start = scaled_rope_start(self._trunk.inner.config)
+        cache_tokens = budget.cache_tokens if self.report.path == "cached" else None
+        limits = () if start is None else (start,)
+        return make_batches(forest, batch_tokens=budget.pack_tokens, cache_tokens=cache_tokens, limits=limits)
+
+    @torch.inference_mode()
+    def run(
+        self,
+        windows: Sequence[Window],
+        *,
+        subset: Tensor | None = None,
+        advance: Callable[[int], None] | None = None,
+    ) -> list[WindowScores]:
+        """Scores of each window, in order.
+
+        Args:
+            windows: any number, in any order; equal beginnings are computed once.
+            subset: (V,) bool, for windows with probes.
+            advance: called with the number of scored tokens each time some are done.
+
+        Raises:
+            InputError: for probes of a model that shares no prefixes.
+        """
+        if not windows:
+            return []
+        if self._trunk is None:
+            if any(window.probes for window in windows):
+                raise InputError("word probabilities need a causal model of transformers")
+            return self._direct(windows, advance)
+        answers = _Answers(windows)
+        plan = self.plan(windows)
+        demands = answers.demands(plan)
+        runner: _Runner = _PackRunner(self._trunk, plan) if isinstance(plan, Plan) else _BatchRunner(self._trunk, plan)
+        head = _Head(self._trunk, answers, subset, advance)
+        parts: Sequence[Pack | Batch] = plan.packs
+        for number, part in enumerate(parts):
+            hidden = runner.run(part)
+            if hidden.shape[0] != part.size:
+                raise AssertionError(f"pass {number} gave {hidden.shape[0]} hidden states, the plan has {part.size}")
+            if number in demands:
+                head.add(hidden, demands[number])
+        head.flush()
+        return answers.collect()
+
+    def _direct(self, windows: Sequence[Window], advance: Callable[[int], None] | None) -> list[WindowScores]:
+        """Whole windows in padded batches through `TextModel.score_tokens`."""
+        results: dict[int, WindowScores] = {}
+        for batch in _length_batches(windows, self.budget.pack_tokens):
+            cut = [windows[i] for i in batch]
+            x = TokenBatch.from_lists(
+                [w.ids for w in cut],
+                starts=[w.start for w in cut],
+                scored_from=[w.scored_from for w in cut],
+                words=[w.words for w in cut],
+            )
+            for i, window in enumerate(cut):
+                x.scored_mask[i, window.scored_to :] = False
+            likelihood, first = self.model.score_tokens(x)
+            assert likelihood.per_unit is not None
+            terms, greedy = likelihood.per_unit.cpu(), first.cpu()
+            for i, window in enumerate(cut):
+                columns = slice(window.scored_from, window.scored_to)
+                results[batch[i]] = WindowScores(terms[i, columns].tolist(), greedy[i, columns].tolist(), [])
+            if advance is not None:
+                advance(sum(w.scored_to - w.scored_from for w in cut))
+        return [results[i] for i in range(len(windows))]
+
+
+class _Answers:
+    """A place for every number that is asked for, each filled exactly once."""
+
+    def __init__(self, windows: Sequence[Window]) -> None:
+        self.windows = windows
+        counts = np.array([w.scored_to - w.scored_from for w in windows], dtype=np.int64)
+        probes = np.array([len(w.probes) for w in windows], dtype=np.int64)
+        self.terms_at = np.concatenate([[0], np.cumsum(counts)])
+        # Masses stand behind all terms.
+        self.masses_at = self.terms_at[-1] + np.concatenate([[0], np.cumsum(probes)])
+        self.values = np.full(self.masses_at[-1], np.nan)
+        self.greedy = np.zeros(self.masses_at[-1], dtype=bool)
+        self.filled = np.zeros(self.masses_at[-1], dtype=np.int64)
+
+    def demands(self, plan: Plan | BatchPlan) -> dict[int, _Demand]:
+        """What is read from each pass."""
+        parts: dict[int, list[_Demand]] = {}
+        for i, window in enumerate(self.windows):
+            if window.scored_from < 1:
+                raise ValueError(f"row {i}: the first token cannot be scored, nothing stands before it; prepend BOS")
+            for number, column, first, count in plan.columns(i, window.scored_from - 1, window.scored_to - 1):
+                flat = self.terms_at[i] + first + 1 - window.scored_from
+                target = np.asarray(window.ids[first + 1 : first + 1 + count], dtype=np.int64)
+                steps = np.arange(count)
+                parts.setdefault(number, []).append(_Demand(column + steps, flat + steps, target))
+            for j, probe in enumerate(window.probes):
+                for number, column, _, _ in plan.columns(i, probe, probe + 1):
+                    flat = self.masses_at[i] + j
+                    parts.setdefault(number, []).append(_Demand(*(np.array([v]) for v in (column, flat, -1))))
+        return {number: _joined(found) for number, found in parts.items()}
+
+    def fill(self, flat: NDArray[np.int64], values: Tensor, greedy: Tensor | None) -> None:
+        """Put numbers where they belong."""
+        self.values[flat] = values.double().cpu().numpy()
+        if greedy is not None:
+            self.greedy[flat] = greedy.cpu().numpy()
+        np.add.at(self.filled, flat, 1)
+
+    def collect(self) -> list[WindowScores]:
+        """Numbers by window."""
+        if not bool((self.filled == 1).all()):
+            wrong = int((self.filled != 1).sum())
+            raise AssertionError(f"{wrong} of {len(self.filled)} answers were not computed exactly once")
+        out = []
+        for i in range(len(self.windows)):
+            own = slice(int(self.terms_at[i]), int(self.terms_at[i + 1]))
+            masses = slice(int(self.masses_at[i]), int(self.masses_at[i + 1]))
+            out.append(WindowScores(self.values[own].tolist(), self.greedy[own].tolist(), self.values[masses].tolist()))
+        return out
+
+
+class _Head:
+    """Collects the hidden states that are read and sends them through the LM head in large blocks."""
+
+    def __init__(
+        self, trunk: Trunk, answers: _Answers, subset: Tensor | None, advance: Callable[[int], None] | None
+    ) -> None:
+        self.trunk = trunk
+        self.answers = answers
+        self.subset = subset
+        self.advance = advance
+        self._hidden: list[Tensor] = []
+        self._rows = 0
+        self._demands: list[_Demand] = []
+
+    def add(self, hidden: Tensor, demand: _Demand) -> None:
+        """Keep what is read of a pass; equal columns are kept, and sent through the head, once."""
+        columns, row = np.unique(demand.column, return_inverse=True)
+        self._hidden.append(hidden[torch.from_numpy(columns).to(hidden.device)])
+        self._demands.append(_Demand(row + self._rows, demand.flat, demand.target))
+        self._rows += len(columns)
+        if self._rows >= HEAD_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Compute what has been collected."""
+        if not self._hidden:
+            return
+        hidden, demand = torch.cat(self._hidden), _joined(self._demands)
+        self._hidden, self._demands, self._rows = [], [], 0
+        is_term = demand.target >= 0
+        order = np.argsort(demand.column[is_term], kind="stable")
+        rows, targets, flat = (part[is_term][order] for part in (demand.column, demand.target, demand.flat))
+        scores = self.trunk.log_probs(
+            hidden,
+            torch.from_numpy(targets).to(hidden.device),
+            rows=torch.from_numpy(rows).to(hidden.device),
+            subset=None if is_term.all() or self.subset is None else self.subset.to(hidden.device),
+        )
+        self.answers.fill(flat, scores.log_probs, scores.greedy)
+        if scores.log_mass is not None:
+            wanted = torch.from_numpy(demand.column[~is_term]).to(hidden.device)
+            self.answers.fill(demand.flat[~is_term], scores.log_mass[wanted], None)
+        if self.advance is not None:
+            self.advance(len(targets))
+
+
+class _PackRunner:
+    """Packed rows with tree attention; the path's keys and values stay in one buffer."""
+
+    def __init__(self, trunk: Trunk, plan: Plan) -> None:
+        self.trunk = trunk
+        self.plan = plan
+        self.device = trunk.model.device
+        # Room for the longest path at once: growing would need the old and the new buffer side by side.
+        self.path = KeyValuePath(max((p.prefix + p.size for p in plan.packs if p.keep or p.prefix), default=0))
+
+    def run(self, part: Pack | Batch) -> Tensor:
+        assert isinstance(part, Pack)
+        if part.prefix > self.path.length:
+            raise AssertionError(f"the path holds {self.path.length} tokens, the plan needs {part.prefix}")
+        forest = self.plan.forest
+        row = TreeRow(
+            torch.from_numpy(part.positions()).to(self.device),
+            torch.from_numpy(part.subtree_ends(forest)).to(self.device),
+            part.groups,
+            part.prefix,
+            self.path if part.prefix or part.keep else None,
+        )
+        hidden = tree_hidden(self.trunk, torch.from_numpy(part.tokens(forest)).to(self.device), row)
+        self.path.length = part.prefix + part.keep
+        return hidden
+
+
+class _BatchRunner:
+    """Padded batches, over caches of shared beginnings where the plan keeps any."""
+
+    def __init__(self, trunk: Trunk, plan: BatchPlan) -> None:
+        self.trunk = trunk
+        self.plan = plan
+        self.caches: dict[int, object] = {}
+
+    def run(self, part: Pack | Batch) -> Tensor:
+        assert isinstance(part, Batch)
+        ids = torch.from_numpy(part.tokens(self.plan.forest)).to(self.trunk.model.device)
+        if part.prefix < 0 and part.keep < 0:
+            hidden = self.trunk.hidden(input_ids=ids, use_cache=False)
+        else:
+            before = self.caches[part.prefix] if part.prefix >= 0 else None
+            hidden, cache = cached_hidden(self.trunk, ids, before, repeat=len(part.rows))
+            if part.keep >= 0:
+                self.caches[part.keep] = cache
+        for node in part.frees:
+            del self.caches[node]
+        return hidden.flatten(0, 1)
+
+
+def _joined(parts: Sequence[_Demand]) -> _Demand:
+    return _Demand(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def _length_batches(windows: Sequence[Window], budget: int) -> Iterator[list[int]]:
+    """Windows of similar length, those with the same prompt together, longest first, at most `budget` tokens."""
+    order = sorted(range(len(windows)), key=lambda i: (-len(windows[i].ids), windows[i].ids))
+    batch: list[int] = []
+    for i in order:
+        if batch and len(windows[batch[0]].ids) * (len(batch) + 1) > budget:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
