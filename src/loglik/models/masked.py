@@ -2,6 +2,7 @@ r"""Masked language models: pseudo-log-likelihood, a SURROGATE of :math:`\log p(
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from loglik.models.batch import TokenBatch
 from loglik.models.causal import context_length
 from loglik.models.encode import Layout
 from loglik.models.tokens import greedy_match, labelled, selected_log_probs
+from loglik.models.trunk import Trunk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,6 +66,15 @@ class MaskedLM:
             raise InputError("a masked language model needs a mask token: the tokenizer has none, pass mask_token_id")
         self.mask_token_id: int = found
 
+    @cached_property
+    def trunk(self) -> Trunk | None:
+        """The model without its head, and the head by itself; None for a network that cannot be taken apart."""
+        probe = torch.arange(3, 9, device=self.device)[None] % self.model.config.get_text_config().vocab_size
+        try:
+            return Trunk(self.model, {"input_ids": probe})
+        except TypeError:
+            return None
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
@@ -97,12 +108,17 @@ class MaskedLM:
             masked = packed.ids[row].masked_fill(self._masked_together(packed, row, column), self.mask_token_id)
             real = packed.attention_mask[row]
             width = int(real.sum(1).max())
-            out = self.model(input_ids=masked[:, :width], attention_mask=real[:, :width].long())
-            logits = out.logits[torch.arange(len(row), device=self.device), column]
+            inputs = {"input_ids": masked[:, :width], "attention_mask": real[:, :width].long()}
+            at = (torch.arange(len(row), device=self.device), column)
             targets = packed.ids[row, column]
-            chosen = selected_log_probs(logits, targets)
+            if self.trunk is None:
+                logits = self.model(**inputs).logits[at]
+                chosen, first = selected_log_probs(logits, targets), greedy_match(logits.detach(), targets)
+            else:
+                # Only the state under the mask reaches the head.
+                chosen, first, _ = self.trunk.log_probs(self.trunk.hidden(**inputs)[at], targets)
             terms = terms.to(chosen.dtype).index_put((row, column), chosen)
-            greedy[row, column] = greedy_match(logits.detach(), targets)
+            greedy[row, column] = first
         return labelled(x, packed, origin, terms, greedy, kind=self.kind)
 
     def _masked_together(self, packed: TokenBatch, row: Tensor, column: Tensor) -> Tensor:

@@ -2,10 +2,12 @@ r"""Encoder-decoder models: exact :math:`\log p(y \mid x) = \sum_t \log p(y_t \m
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
 
 from loglik.kinds import DrawsKey, Kind, Unit
 from loglik.likelihood import LogLikelihood
@@ -13,6 +15,7 @@ from loglik.models.batch import TokenBatch
 from loglik.models.encode import Layout
 from loglik.models.sampling import ancestral_samples
 from loglik.models.tokens import greedy_match, labelled, selected_log_probs, widened
+from loglik.models.trunk import Trunk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,6 +53,15 @@ class Seq2SeqLM:
             raise ValueError("the configuration has no decoder_start_token_id: set it, the decoder cannot start")
         self.start_id: int = start
 
+    @cached_property
+    def trunk(self) -> Trunk | None:
+        """The model without its head, and the head by itself; None for a network that cannot be taken apart."""
+        probe = torch.arange(3, 9, device=self.device)[None] % self.model.config.get_text_config().vocab_size
+        try:
+            return Trunk(self.model, {"input_ids": probe, "decoder_input_ids": probe})
+        except TypeError:
+            return None
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
@@ -76,14 +88,19 @@ class Seq2SeqLM:
         source, target, column = _split(packed)
         if bool((packed.scored_mask & ~_after(packed)).any()):
             raise ValueError("a source token is to be scored; an encoder-decoder scores only what follows `starts`")
-        logits = self._logits(source, target)
         picked = packed.scored_mask.gather(1, column) & target.attention_mask
-        chosen = selected_log_probs(logits[picked], target.ids[picked])
+        targets = target.ids[picked]
+        if self.trunk is None:
+            logits = self.model(**self._inputs(source, target)).logits[picked]
+            chosen, first = selected_log_probs(logits, targets), greedy_match(logits.detach(), targets)
+        else:
+            hidden = self.trunk.hidden(**self._inputs(source, target))[picked]
+            chosen, first, _ = self.trunk.log_probs(hidden, targets)
         terms = torch.zeros(packed.ids.shape, dtype=chosen.dtype, device=self.device)
         # Row-major order of `picked` is that of the scored tokens in `packed`: targets keep their order.
         terms = terms.masked_scatter(packed.scored_mask, chosen)
         greedy = torch.zeros_like(packed.attention_mask)
-        greedy = greedy.masked_scatter(packed.scored_mask, greedy_match(logits.detach()[picked], target.ids[picked]))
+        greedy = greedy.masked_scatter(packed.scored_mask, first)
         return labelled(x, packed, origin, terms, greedy, kind=self.kind)
 
     def next_log_probs(self, prefix: TokenBatch) -> Tensor:
@@ -94,7 +111,7 @@ class Seq2SeqLM:
         # One more column, so that the position after the last target token has an output.
         ids = torch.nn.functional.pad(target.ids, (0, 1))
         longer = TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool))
-        logits = self._logits(source, longer)
+        logits = self.model(**self._inputs(source, longer)).logits
         return torch.log_softmax(widened(logits[torch.arange(len(packed), device=self.device), lengths]), dim=-1)
 
     def sample(
@@ -116,17 +133,20 @@ class Seq2SeqLM:
             raise ValueError("an encoder-decoder samples given a source: give a prompt")
         return ancestral_samples(self, n, prompt=prompt, generator=generator, max_tokens=max_tokens)
 
-    def _logits(self, source: TokenBatch, target: TokenBatch) -> Tensor:
-        """(B, T, V) for each target position; target padding stands on the right, out of causal sight."""
+    def _inputs(self, source: TokenBatch, target: TokenBatch) -> dict[str, Any]:
+        """Arguments of a forward pass; equal sources are encoded once, target padding is out of causal sight."""
         start = torch.full_like(target.ids[:, :1], self.start_id)
-        out = self.model(
-            input_ids=source.ids,
-            attention_mask=source.attention_mask.long(),
-            decoder_input_ids=torch.cat([start, target.ids[:, :-1]], dim=1),
-            use_cache=False,
-        )
-        logits: Tensor = out.logits
-        return logits
+        rows = torch.where(source.attention_mask, source.ids, -1)
+        distinct, which = torch.unique(rows, dim=0, return_inverse=True)
+        real = distinct >= 0
+        encoder = self.model.get_encoder()
+        states = encoder(input_ids=distinct.clamp_min(0), attention_mask=real.long()).last_hidden_state
+        return {
+            "encoder_outputs": BaseModelOutput(last_hidden_state=states[which]),
+            "attention_mask": real[which].long(),
+            "decoder_input_ids": torch.cat([start, target.ids[:, :-1]], dim=1),
+            "use_cache": False,
+        }
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.model.parameters())
