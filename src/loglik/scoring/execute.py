@@ -46,11 +46,13 @@ class WindowScores:
         terms: nats of tokens `scored_from` to `scored_to`.
         greedy: whether each of them is the model's first choice.
         masses: log-mass of the subset after each of the window's probes.
+        branches: nats of each of the window's branches.
     """
 
     terms: list[float]
     greedy: list[bool]
     masses: list[float]
+    branches: list[float]
 
 
 class _Demand(NamedTuple):
@@ -106,8 +108,7 @@ class Executor:
         """
         if self._trunk is None or self.report is None:
             raise InputError("a plan exists for causal models of transformers only: other models share no prefixes")
-        # The last token is only ever a target, unless what follows it is asked for.
-        forest = Forest([w.ids if len(w.ids) - 1 in w.probes else w.ids[:-1] for w in windows])
+        forest = Forest([window.inputs for window in windows])
         budget = self.budget
         if self.report.path == "packed":
             return make_plan(
@@ -142,8 +143,8 @@ class Executor:
         if not windows:
             return []
         if self._trunk is None:
-            if any(window.probes for window in windows):
-                raise InputError("word probabilities need a causal model of transformers")
+            if any(window.probes or window.branches for window in windows):
+                raise InputError("probabilities of words and of bytes need a causal model of transformers: use one")
             return self._direct(windows, advance)
         answers = _Answers(windows)
         plan = self.plan(windows)
@@ -178,7 +179,7 @@ class Executor:
             terms, greedy = likelihood.per_unit.cpu(), first.cpu()
             for i, window in enumerate(cut):
                 columns = slice(window.scored_from, window.scored_to)
-                results[batch[i]] = WindowScores(terms[i, columns].tolist(), greedy[i, columns].tolist(), [])
+                results[batch[i]] = WindowScores(terms[i, columns].tolist(), greedy[i, columns].tolist(), [], [])
             if advance is not None:
                 advance(sum(w.scored_to - w.scored_from for w in cut))
         return [results[i] for i in range(len(windows))]
@@ -192,19 +193,22 @@ class _Answers:
         counts = np.array([w.scored_to - w.scored_from for w in windows], dtype=np.int64)
         probes = np.array([len(w.probes) for w in windows], dtype=np.int64)
         self.terms_at = np.concatenate([[0], np.cumsum(counts)])
-        # Masses stand behind all terms.
+        branches = np.array([len(w.branches) for w in windows], dtype=np.int64)
+        # Masses stand behind all terms, branches behind all masses.
         self.masses_at = self.terms_at[-1] + np.concatenate([[0], np.cumsum(probes)])
-        self.values = np.full(self.masses_at[-1], np.nan)
-        self.greedy = np.zeros(self.masses_at[-1], dtype=bool)
-        self.filled = np.zeros(self.masses_at[-1], dtype=np.int64)
+        self.branches_at = self.masses_at[-1] + np.concatenate([[0], np.cumsum(branches)])
+        self.values = np.full(self.branches_at[-1], np.nan)
+        self.greedy = np.zeros(self.branches_at[-1], dtype=bool)
+        self.filled = np.zeros(self.branches_at[-1], dtype=np.int64)
 
     def demands(self, plan: Plan | BatchPlan) -> dict[int, _Demand]:
         """What is read from each pass."""
         parts: dict[int, list[_Demand]] = {}
         for i, window in enumerate(self.windows):
-            if window.scored_from < 1:
+            if window.scored_from < 1 and (window.scored_to > window.scored_from or not window.ids):
                 raise ValueError(f"row {i}: the first token cannot be scored, nothing stands before it; prepend BOS")
-            for number, column, first, count in plan.columns(i, window.scored_from - 1, window.scored_to - 1):
+            scored = (window.scored_from - 1, window.scored_to - 1) if window.scored_to > window.scored_from else (0, 0)
+            for number, column, first, count in plan.columns(i, *scored):
                 flat = self.terms_at[i] + first + 1 - window.scored_from
                 target = np.asarray(window.ids[first + 1 : first + 1 + count], dtype=np.int64)
                 steps = np.arange(count)
@@ -213,6 +217,12 @@ class _Answers:
                 for number, column, _, _ in plan.columns(i, probe, probe + 1):
                     flat = self.masses_at[i] + j
                     parts.setdefault(number, []).append(_Demand(*(np.array([v]) for v in (column, flat, -1))))
+            if window.branches:
+                count = len(window.branches)
+                for number, column, _, _ in plan.columns(i, len(window.ids) - 1, len(window.ids)):
+                    flat = self.branches_at[i] + np.arange(count)
+                    target = np.asarray(window.branches, dtype=np.int64)
+                    parts.setdefault(number, []).append(_Demand(np.full(count, column), flat, target))
         return {number: _joined(found) for number, found in parts.items()}
 
     def fill(self, flat: NDArray[np.int64], values: Tensor, greedy: Tensor | None) -> None:
@@ -229,9 +239,11 @@ class _Answers:
             raise AssertionError(f"{wrong} of {len(self.filled)} answers were not computed exactly once")
         out = []
         for i in range(len(self.windows)):
-            own = slice(int(self.terms_at[i]), int(self.terms_at[i + 1]))
-            masses = slice(int(self.masses_at[i]), int(self.masses_at[i + 1]))
-            out.append(WindowScores(self.values[own].tolist(), self.greedy[own].tolist(), self.values[masses].tolist()))
+            terms, masses, branches = (
+                slice(int(at[i]), int(at[i + 1])) for at in (self.terms_at, self.masses_at, self.branches_at)
+            )
+            values = (self.values[part].tolist() for part in (masses, branches))
+            out.append(WindowScores(self.values[terms].tolist(), self.greedy[terms].tolist(), *values))
         return out
 
 

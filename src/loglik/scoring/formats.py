@@ -32,6 +32,8 @@ _PARQUET_TYPES = {
     "error": pa.string(),
     "tokens": pa.list_(pa.string()),
     "token_log_probs": pa.list_(pa.float64()),
+    "words": pa.list_(pa.string()),
+    "word_log_probs": pa.list_(pa.float64()),
 }
 _MERGE_ROWS, _MERGE_BYTES = 1 << 16, 1 << 25  # a row group of the merged Parquet file is closed at either
 
@@ -149,7 +151,7 @@ FORMATS: dict[str, type[Jsonl]] = {".jsonl": Jsonl, ".ndjson": Jsonl, ".parquet"
 
 def _value(row: ScoredRow, column: str) -> Any:
     value = getattr(row, column)
-    numbers = value if column == "token_log_probs" and value is not None else (value,)
+    numbers = value if column in ("token_log_probs", "word_log_probs") and value is not None else (value,)
     if any(isinstance(number, float) and math.isnan(number) for number in numbers):
         raise ValueError(f"row {row.id!r} has NaN in {column}: a row without a number carries an error instead")
     return value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["COLUMNS", "PER_TOKEN_COLUMNS", "InputRow", "ScoredRow"]
+__all__ = ["COLUMNS", "PER_TOKEN_COLUMNS", "PER_WORD_COLUMNS", "InputRow", "ScoredRow"]
 
 COLUMNS = (
     "id",
@@ -20,6 +20,7 @@ COLUMNS = (
     "error",
 )
 PER_TOKEN_COLUMNS = ("tokens", "token_log_probs")
+PER_WORD_COLUMNS = ("words", "word_log_probs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,9 @@ class InputRow:
 
 @dataclass(frozen=True, slots=True)
 class ScoredRow:
-    """One line of output; every number is None exactly if `error` is set (`stderr` also where nothing was sampled).
+    """One line of output; every number is None if `error` is set.
+
+    `stderr` is None also where nothing was sampled, `num_tokens` and `is_greedy` where bytes were scored.
 
     Args:
         id: as read.
@@ -55,12 +58,14 @@ class ScoredRow:
         bits_per_byte: ``-log_prob / (num_bytes ln 2)``.
         is_greedy: every scored token was the model's first choice.
         boundary: ``none`` (no prompt), ``aligned``, ``straddled`` (a token spans prompt and completion and was scored
-            with the completion) or ``separate``.
+            with the completion), ``separate``, or ``exact`` (bytes over all tokenisations of the boundary).
         num_windowed: scored tokens that saw a shortened context.
         error: one sentence, or None.
         tokens: text of every token of the row, unscored ones included; empty for a token that only continues a
             character.
         token_log_probs: nats per token, None where not scored.
+        words: the completion's words.
+        word_log_probs: nats per word, with the beginning-of-word correction; None where a token of it is not scored.
         skipped: the row was left out by the overflow policy, as asked; not a column, its `error` says so.
     """
 
@@ -77,4 +82,6 @@ class ScoredRow:
     error: str | None = None
     tokens: list[str] | None = None
     token_log_probs: list[float | None] | None = None
+    words: list[str] | None = None
+    word_log_probs: list[float | None] | None = None
     skipped: bool = False

@@ -9,9 +9,11 @@ import torch
 from loglik.errors import InputError, RowError
 from loglik.kinds import Kind, Unit
 from loglik.likelihood import LogLikelihood
-from loglik.models.encode import BosPolicy, BoundaryPolicy
+from loglik.models.encode import BosPolicy
 from loglik.models.protocol import TextModel
-from loglik.scoring.engine import ScoreOptions, Scorer, TokenScores
+from loglik.scoring.covers import Tokenisations
+from loglik.scoring.engine import ScoreBoundary, ScoreOptions, Scorer
+from loglik.scoring.pending import ByteScores, TokenScores
 from loglik.scoring.windows import OverflowPolicy
 
 __all__ = ["score"]
@@ -22,11 +24,12 @@ def score(
     texts_or_pairs: str | Sequence[str] | Sequence[tuple[str, str]],
     *,
     unit: Unit | str = Unit.TOKEN,
-    boundary: BoundaryPolicy = "joint",
+    boundary: ScoreBoundary = "joint",
     bos: BosPolicy = "auto",
     overflow: OverflowPolicy = "error",
     stride: int | None = None,
     max_batch_tokens: int | None = None,
+    tokenisations: Tokenisations = "canonical",
 ) -> LogLikelihood:
     r"""Labelled log-likelihoods of texts, or of completions given prompts, in nats.
 
@@ -36,11 +39,14 @@ def score(
         unit: ``token`` counts the scored tokens and gives `per_unit` terms (B, T), aligned with the tokens of prompt
             and completion; ``byte`` counts the UTF-8 bytes of the scored text, so that `bits_per_byte` needs nothing
             more.
-        boundary: ``joint`` or ``separate`` tokenisation of prompt and completion.
+        boundary: ``joint`` or ``separate`` tokenisation of prompt and completion, or ``exact``: the probability of the
+            completion's bytes given the prompt's bytes, over all tokenisations of their boundary; counted per byte.
         bos: when BOS is prepended.
         overflow: ``error``, or ``window`` to score text beyond the context in windows.
         stride: scored tokens per window; half the context by default.
         max_batch_tokens: tokens per forward pass; values do not depend on it.
+        tokenisations: what ``exact`` is a probability of: the model restricted to ``canonical`` tokenisations (EXACT),
+            or the sum over ``all`` (a LOWER_BOUND; given a prompt, a SURROGATE).
 
     Returns:
         A `LogLikelihood` of B rows, float64. Its kind is the model's; where a scored text holds tokens unknown to
@@ -59,13 +65,16 @@ def score(
         >>> bool(ll.value[0] > ll.value[1])
         True
     """
-    options = ScoreOptions(boundary, bos, overflow, stride, max_batch_tokens)
-    results = []
+    options = ScoreOptions(boundary, bos, overflow, stride, max_batch_tokens, tokenisations=tokenisations)
+    results: list[TokenScores | ByteScores] = []
     for index, result in enumerate(Scorer(model, options).score_pairs(_pairs(texts_or_pairs))):
         if isinstance(result, RowError):
             raise result.at(f"row {index}")
         results.append(result)
-    return _assemble(results, model.kind, Unit(unit))
+    rows = [row for row in results if isinstance(row, TokenScores)]
+    if len(rows) < len(results):
+        return _assemble_bytes([row for row in results if isinstance(row, ByteScores)])
+    return _assemble(rows, model.kind, Unit(unit))
 
 
 def _pairs(items: str | Sequence[str] | Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -82,6 +91,14 @@ def _pairs(items: str | Sequence[str] | Sequence[tuple[str, str]]) -> list[tuple
     if not pairs:
         raise InputError("there is nothing to score: give at least one text or (prompt, completion) pair")
     return pairs
+
+
+def _assemble_bytes(results: Sequence[ByteScores]) -> LogLikelihood:
+    """Rows of bytes; of several kinds the whole promises the least."""
+    kinds = {row.kind for row in results}
+    value = torch.tensor([row.log_prob for row in results], dtype=torch.float64)
+    count = torch.tensor([row.num_bytes for row in results])
+    return LogLikelihood(value, kinds.pop() if len(kinds) == 1 else Kind.SURROGATE, Unit.BYTE, count)
 
 
 def _assemble(results: Sequence[TokenScores], kind: Kind, unit: Unit) -> LogLikelihood:

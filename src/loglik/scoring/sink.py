@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from loglik.errors import InputError
 from loglik.scoring.formats import FORMATS, Jsonl
-from loglik.scoring.rows import COLUMNS, PER_TOKEN_COLUMNS, InputRow, ScoredRow
+from loglik.scoring.rows import COLUMNS, PER_TOKEN_COLUMNS, PER_WORD_COLUMNS, InputRow, ScoredRow
 
 __all__ = ["InputDigest", "Sink", "open_sink"]
 
@@ -81,6 +81,7 @@ def open_sink(
     per_token: bool,
     resume: bool,
     overwrite: bool,
+    per_word: bool = False,
     stdout: TextIO | None = None,
 ) -> Sink:
     r"""The sink for `output`, refused here and not after the work if it cannot be written.
@@ -94,6 +95,7 @@ def open_sink(
         output: a file (.jsonl, .ndjson, .parquet or .csv), or ``-`` for JSONL on standard output, without parts.
         settings: what the numbers depend on, as JSON values; a run is resumed only under equal settings.
         per_token: write tokens and their log-probabilities too.
+        per_word: write words and their log-probabilities too.
         resume: go on with an unfinished run, or start one if there is none.
         overwrite: discard an existing output and an unfinished run.
         stdout: what ``-`` writes to; the process's own standard output if None.
@@ -104,7 +106,7 @@ def open_sink(
     """
     if resume and overwrite:
         raise InputError("--resume and --overwrite contradict each other: pass one of them")
-    columns = COLUMNS + PER_TOKEN_COLUMNS if per_token else COLUMNS
+    columns = COLUMNS + PER_TOKEN_COLUMNS * per_token + PER_WORD_COLUMNS * per_word
     if str(output) == "-":
         if resume:
             raise InputError("standard output cannot be resumed: write to a file with --output")
@@ -318,7 +320,7 @@ class _PartsSink:
         )
         names = [n for n in sorted({*now, *before}) if now.get(n) != before.get(n)]
         changes = [f"{n} was {before.get(n, 'not set'):.60} and is {now.get(n, 'not set'):.60}" for n in names]
-        if there["columns"] != self._identity["columns"] and "per_token" not in names:
+        if there["columns"] != self._identity["columns"] and not {"per_token", "level"} & set(names):
             changes.append("per_token differs")
         if changes:
             raise InputError(

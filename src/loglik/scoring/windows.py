@@ -9,7 +9,7 @@ from typing import Literal
 from loglik.errors import InputError, RowError
 from loglik.models.encode import EncodedText, Layout
 
-__all__ = ["OverflowPolicy", "Window", "check_stride", "windows"]
+__all__ = ["OverflowPolicy", "Window", "check_stride", "too_long", "windows"]
 
 OverflowPolicy = Literal["error", "window", "skip"]
 
@@ -27,6 +27,7 @@ class Window:
         content_from: first scored token in the row's `content`.
         num_shortened: scored tokens that see less context than the row has before them.
         probes: tokens in `ids` after which the log-mass of a subset of the vocabulary is asked for.
+        branches: token ids whose log-probability after the last of `ids` is asked for, each by itself.
     """
 
     ids: list[int]
@@ -37,6 +38,12 @@ class Window:
     content_from: int
     num_shortened: int
     probes: tuple[int, ...] = ()
+    branches: tuple[int, ...] = ()
+
+    @property
+    def inputs(self) -> list[int]:
+        """Tokens that a causal model has to read: the last is only a target, unless what follows it is asked for."""
+        return self.ids if self.branches or len(self.ids) - 1 in self.probes else self.ids[:-1]
 
 
 def check_stride(stride: int | None, max_length: int | None) -> None:
@@ -58,6 +65,7 @@ def windows(
     max_length: int | None,
     overflow: OverflowPolicy,
     stride: int | None = None,
+    reads_last: bool = False,
 ) -> Iterator[Window]:
     r"""The forward passes that score one row, each scored token in exactly one of them.
 
@@ -71,6 +79,7 @@ def windows(
         max_length: the model's context in tokens; None for no limit.
         overflow: what happens to a row that does not fit.
         stride: scored tokens per window; half the context by default.
+        reads_last: a causal model has to read the last token too, because what follows it is asked for.
 
     Raises:
         RowError: if the row does not fit and `overflow` is not ``window``, or windows are impossible.
@@ -80,13 +89,13 @@ def windows(
         return
     fixed = len(text.prefix) + len(text.suffix)
     count = len(text.content)
-    room = count if max_length is None else max_length + (layout == "causal") - fixed
+    room = count if max_length is None else max_length + (layout == "causal" and not reads_last) - fixed
     if count <= room:
         yield _window(text, 0, text.scored_from, count)
         return
     if overflow != "window":
         problem = f"has {text.length} tokens and the model's context is {max_length}"
-        raise _too_long(problem, overflow, "'window' to score it in windows, or ")
+        raise too_long(problem, overflow, "'window' to score it in windows, or ")
     if room < 2:
         raise RowError(f"the model's context of {max_length} tokens is too short for windows")
     step = min(stride if stride is not None else max(1, (max_length or room) // 2), room - 1)
@@ -118,11 +127,12 @@ def _whole_pair(text: EncodedText, max_length: int | None, overflow: OverflowPol
     for name, count in (("prompt", text.start), ("completion", len(text.content) - text.start)):
         if max_length is not None and count > max_length:
             problem = f"the {name} has {count} tokens and this encoder-decoder's context is {max_length}"
-            raise _too_long(problem, overflow, "")
+            raise too_long(problem, overflow, "")
     return Window(text.content, text.start, text.scored_from, len(text.content), text.words, text.scored_from, 0)
 
 
-def _too_long(problem: str, overflow: OverflowPolicy, windows_help: str) -> RowError:
+def too_long(problem: str, overflow: OverflowPolicy, windows_help: str) -> RowError:
+    """The error of a row that exceeds the context; marked as skipped where that is the policy."""
     if overflow == "skip":
         return RowError(f"skipped: {problem}", skipped=True)
     return RowError(f"{problem}: shorten it, or set overflow to {windows_help}'skip' to leave such rows out")
