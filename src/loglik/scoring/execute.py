@@ -100,6 +100,15 @@ class Executor:
             return "padded batches of whole rows"
         return self.report.describe()
 
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether equal beginnings are computed once; `plan` says how."""
+        return self._trunk is not None
+
+    def batches(self, windows: Sequence[Window]) -> list[list[int]]:
+        """The windows of each forward pass of a model that shares no prefixes."""
+        return list(_length_batches(windows, self.budget.pack_tokens))
+
     def plan(self, windows: Sequence[Window]) -> Plan | BatchPlan:
         """The passes that a causal model's windows need.
 
@@ -164,7 +173,7 @@ class Executor:
     def _direct(self, windows: Sequence[Window], advance: Callable[[int], None] | None) -> list[WindowScores]:
         """Whole windows in padded batches through `TextModel.score_tokens`."""
         results: dict[int, WindowScores] = {}
-        for batch in _length_batches(windows, self.budget.pack_tokens):
+        for batch in self.batches(windows):
             cut = [windows[i] for i in batch]
             x = TokenBatch.from_lists(
                 [w.ids for w in cut],
