@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo test lint typecheck docs docs-serve bench reproduce tiny-models clean
+.PHONY: setup demo test lint typecheck docs docs-serve bench bench-scoring reproduce tiny-models clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +48,10 @@ docs-serve: $(VENV)/.docs
 # Peers side by side in one run; nothing else should run meanwhile.
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/run.py
+
+# Text to nats beside lm-evaluation-harness, minicons and a plain loop: about half an hour.
+bench-scoring: $(VENV)/.dev
+	$(BIN)/python benchmarks/run.py scoring
 
 # The central claim of each paper as a small experiment.
 reproduce: $(VENV)/.dev
