@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+from rich.console import Console
 from rich.table import Table
 
 from loglik.errors import InputError
 from loglik.progress import stderr_console
 
 if TYPE_CHECKING:
+    from loglik.scoring.dry_run import DryRun
     from loglik.scoring.run import RunSummary
 
 __all__ = ["Score"]
@@ -41,8 +43,13 @@ class Score:
     """Column that names the row; the row's number where absent."""
     format: Literal["auto", "jsonl", "parquet", "csv", "txt"] = "auto"
     """Format of the input; auto goes by its extension."""
-    boundary: Literal["joint", "separate"] = "joint"
-    """Tokenise prompt and completion together (a token that straddles them is scored) or apart."""
+    boundary: Literal["joint", "separate", "exact"] = "joint"
+    """Tokenise prompt and completion together (a token that straddles them is scored) or apart, or score bytes given
+    bytes over all tokenisations of their boundary."""
+    tokenisations: Literal["canonical", "all"] = "canonical"
+    """What exact is a probability of: the model restricted to canonical tokenisations, or all (then it is a bound)."""
+    level: Literal["token", "word"] = "token"
+    """Add the columns words and word_log_probs, with the beginning-of-word correction."""
     bos: Literal["auto", "always", "never"] = "auto"
     """Prepend BOS: where the tokenizer does or nothing stands before the text, always, or never."""
     overflow: Literal["error", "window", "skip"] = "error"
@@ -58,7 +65,19 @@ class Score:
     pll: Literal["original", "within_word_l2r"] = "original"
     """Which pseudo-log-likelihood a masked language model gives."""
     max_batch_tokens: int | None = None
-    """Tokens per forward pass, padding included; chosen from device and vocabulary by default."""
+    """Tokens per forward pass; chosen from the device by default."""
+    max_cache_bytes: int | None = None
+    """Bytes of keys and values that shared prefixes may hold; a quarter of the free memory by default."""
+    path: Literal["auto", "packed", "cached", "padded"] = "auto"
+    """How forward passes of a causal model run; the fastest that gives the model's own numbers by default."""
+    dry_run: bool = False
+    """Print the plan (rows, tokens, what sharing saves, memory, time) and score nothing."""
+    engine: Literal["local", "ray"] = "local"
+    """Score in this process, or on the workers of a Ray cluster (needs loglik[scale])."""
+    workers: int | None = None
+    """Replicas of the model on Ray; by default one per GPU, or one per machine where there are none."""
+    ray_address: str | None = None
+    """A running Ray cluster (auto, host:6379, ...); by default RAY_ADDRESS, or a new one on this machine."""
     on_error: Literal["stop", "row"] = "stop"
     """Stop at a row that cannot be scored, or write its error in the row and go on."""
     resume: bool = False
@@ -68,12 +87,27 @@ class Score:
 
     def run(self) -> None:
         """Score the file and print a summary on standard error."""
+        from functools import partial
+
         from loglik.models.load import load
         from loglik.scoring.engine import ScoreOptions
+        from loglik.scoring.ray_engine import RayCluster
         from loglik.scoring.read import Fields
-        from loglik.scoring.run import ScoreJob, score_file
+        from loglik.scoring.run import ScoreJob, plan_file, score_file
 
-        options = ScoreOptions(self.boundary, self.bos, self.overflow, self.stride, self.max_batch_tokens)
+        if self.engine != "ray" and (self.workers is not None or self.ray_address is not None):
+            raise InputError("--workers and --ray-address are options of --engine ray: pass it too or drop them")
+        options = ScoreOptions(
+            boundary=self.boundary,
+            bos=self.bos,
+            overflow=self.overflow,
+            stride=self.stride,
+            max_batch_tokens=self.max_batch_tokens,
+            max_cache_bytes=self.max_cache_bytes,
+            path=self.path,
+            level=self.level,
+            tokenisations=self.tokenisations,
+        )
         job = ScoreJob(
             source=self.input,
             output=self.output,
@@ -85,20 +119,37 @@ class Score:
             resume=self.resume,
             overwrite=self.overwrite,
             report=self.report,
+            cluster=RayCluster(self.workers, self.ray_address) if self.engine == "ray" else None,
             settings={"model": self.model, "dtype": self.dtype, "family": self.family, "pll": self.pll},
         )
+        model = partial(load, self.model, dtype=self.dtype, device=self.device, family=self.family, pll=self.pll)
+        if self.dry_run:
+            self._print_plan(plan_file(job, model))
+            return
         kept = "" if self.output == "-" else f"; finished rows are kept, pass --resume to continue {self.output}"
         try:
-            summary = score_file(
-                job,
-                lambda: load(self.model, dtype=self.dtype, device=self.device, family=self.family, pll=self.pll),
-            )
+            summary = score_file(job, model)
         except KeyboardInterrupt:
             raise InputError(f"interrupted{kept}") from None
         self._print(summary)
 
+    def _print_plan(self, plan: DryRun) -> None:
+        facts = {
+            "rows": f"{plan.rows:,}",
+            "errors": f"{plan.errors:,} rows cannot be scored, first {plan.first_error}" if plan.errors else "",
+            "path": plan.path,
+            "tokens row by row": f"{plan.total_tokens:,}",
+            "distinct tokens": f"{plan.distinct_tokens:,}",
+            "tokens computed": f"{plan.computed_tokens:,} in {plan.passes:,} passes",
+            "saving": f"{plan.saving:.1f} times fewer tokens than row by row",
+            "log-probabilities": f"{plan.scored_tokens:,}",
+            "memory": f"{_size(plan.weight_bytes)} weights, {_size(plan.cache_bytes)} keys and values, "
+            f"about {_size(plan.pass_bytes)} for a pass",
+            "time": f"about {_duration(plan.seconds)}" if plan.seconds is not None else "",
+        }
+        Console().print(_two_columns(facts))
+
     def _print(self, summary: RunSummary) -> None:
-        table = Table(box=None, show_header=False, pad_edge=False)
         bpb = summary.bits_per_byte
         kinds = ", ".join(sorted(summary.kinds))
         facts = {
@@ -111,10 +162,26 @@ class Score:
             "straddled": f"{summary.straddled:,} rows" if summary.straddled else "",
             "shortened context": f"{summary.windowed:,} tokens" if summary.windowed else "",
             "BOS": summary.bos,
+            "path": summary.path,
             "output": self.output if self.output != "-" else "",
             "report": self.report or "",
         }
-        for name, value in facts.items():
-            if value:
-                table.add_row(name, value)
-        stderr_console().print(table)
+        stderr_console().print(_two_columns(facts))
+
+
+def _two_columns(facts: dict[str, str]) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in facts.items():
+        if value:
+            table.add_row(name, value)
+    return table
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

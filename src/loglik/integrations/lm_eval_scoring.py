@@ -62,7 +62,7 @@ def score_windows(executor: Executor, windows: Sequence[Window], *, quiet: bool 
     """
     scored = sum(window.scored_to - window.scored_from for window in windows)
     with progress("log-likelihoods", scored, "tokens", quiet) as advance:
-        return executor.run(windows, advance=advance)
+        return executor.run(windows, advance=lambda count, _: advance(count))
 
 
 def exact_sum(terms: Sequence[float]) -> float:

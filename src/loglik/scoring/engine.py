@@ -114,7 +114,7 @@ class Scorer:
         return out
 
     def score_pairs(
-        self, pairs: Sequence[tuple[str, str]], *, advance: Callable[[int], None] | None = None
+        self, pairs: Sequence[tuple[str, str]], *, advance: Callable[[int, int], None] | None = None
     ) -> list[TokenScores | ByteScores | RowError]:
         """Scores of (prompt, completion) pairs, in order; a row that cannot be scored gives its error.
 
@@ -122,7 +122,7 @@ class Scorer:
 
         Args:
             pairs: any number; equal beginnings are computed once.
-            advance: called with a number of scored tokens as they are done.
+            advance: called with a number of scored tokens as they are done, and with their total.
         """
         rows = self.prepare(pairs)
         jobs = [window for row in rows if not isinstance(row, RowError) for window in row.windows]
@@ -139,7 +139,7 @@ class Scorer:
         return rows
 
     def score_rows(
-        self, rows: Sequence[InputRow], *, per_token: bool = False, advance: Callable[[int], None] | None = None
+        self, rows: Sequence[InputRow], *, per_token: bool = False, advance: Callable[[int, int], None] | None = None
     ) -> list[ScoredRow]:
         """One `ScoredRow` per input row, in order; rows that cannot be scored carry their error."""
         good = [row for row in rows if row.error is None]

@@ -137,14 +137,14 @@ class Executor:
         windows: Sequence[Window],
         *,
         subset: Tensor | None = None,
-        advance: Callable[[int], None] | None = None,
+        advance: Callable[[int, int], None] | None = None,
     ) -> list[WindowScores]:
         """Scores of each window, in order.
 
         Args:
             windows: any number, in any order; equal beginnings are computed once.
             subset: (V,) bool, for windows with probes.
-            advance: called with the number of scored tokens each time some are done.
+            advance: called with the number of scored tokens each time some are done, and with their total.
 
         Raises:
             InputError: for probes of a model that shares no prefixes.
@@ -170,9 +170,10 @@ class Executor:
         head.flush()
         return answers.collect()
 
-    def _direct(self, windows: Sequence[Window], advance: Callable[[int], None] | None) -> list[WindowScores]:
+    def _direct(self, windows: Sequence[Window], advance: Callable[[int, int], None] | None) -> list[WindowScores]:
         """Whole windows in padded batches through `TextModel.score_tokens`."""
         results: dict[int, WindowScores] = {}
+        total = sum(window.scored_to - window.scored_from for window in windows)
         for batch in self.batches(windows):
             cut = [windows[i] for i in batch]
             x = TokenBatch.from_lists(
@@ -190,7 +191,7 @@ class Executor:
                 columns = slice(window.scored_from, window.scored_to)
                 results[batch[i]] = WindowScores(terms[i, columns].tolist(), greedy[i, columns].tolist(), [], [])
             if advance is not None:
-                advance(sum(w.scored_to - w.scored_from for w in cut))
+                advance(sum(w.scored_to - w.scored_from for w in cut), total)
         return [results[i] for i in range(len(windows))]
 
 
@@ -260,7 +261,7 @@ class _Head:
     """Collects the hidden states that are read and sends them through the LM head in large blocks."""
 
     def __init__(
-        self, trunk: Trunk, answers: _Answers, subset: Tensor | None, advance: Callable[[int], None] | None
+        self, trunk: Trunk, answers: _Answers, subset: Tensor | None, advance: Callable[[int, int], None] | None
     ) -> None:
         self.trunk = trunk
         self.answers = answers
@@ -299,7 +300,7 @@ class _Head:
             wanted = torch.from_numpy(demand.column[~is_term]).to(hidden.device)
             self.answers.fill(demand.flat[~is_term], scores.log_mass[wanted], None)
         if self.advance is not None:
-            self.advance(len(targets))
+            self.advance(len(targets), int(self.answers.branches_at[-1]))
 
 
 class _PackRunner:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TextIO
@@ -12,18 +14,21 @@ from typing import Any, BinaryIO, Literal, TextIO
 from loglik.errors import InputError, RowError
 from loglik.models.protocol import TextModel
 from loglik.progress import bar
+from loglik.scoring.dry_run import DryRun, dry_run
 from loglik.scoring.engine import ScoreOptions, Scorer
+from loglik.scoring.ray_engine import LostChunkError, RayCluster, RayScorer, ray_scorer
 from loglik.scoring.read import Fields, Format, estimate_rows, read_rows
 from loglik.scoring.report import ReportBuilder
 from loglik.scoring.rows import InputRow, ScoredRow
 from loglik.scoring.sink import InputDigest, Sink, open_sink
 
-__all__ = ["RunSummary", "ScoreJob", "score_file"]
+__all__ = ["RunSummary", "ScoreJob", "plan_file", "score_file"]
 
 # A chunk is scored and committed together. Its bounds depend on the input alone, so that a resumed run repeats the
 # batches, and with them the last bits, of an uninterrupted one.
-CHUNK_ROWS = 256
-CHUNK_CHARACTERS = 1_000_000
+# Prefixes are shared within a chunk, so that it should be large; what is lost to an interruption is at most one chunk.
+CHUNK_ROWS = 512
+CHUNK_CHARACTERS = 2_000_000
 
 
 @dataclass(slots=True)
@@ -39,6 +44,7 @@ class RunSummary:
     straddled: int = 0
     windowed: int = 0
     bos: str = ""
+    path: str = ""
     kinds: set[str] = field(default_factory=set)
 
     def add(self, row: ScoredRow) -> None:
@@ -76,6 +82,7 @@ class ScoreJob:
         resume: continue an interrupted run.
         overwrite: replace an existing output.
         report: path of an HTML report.
+        cluster: score on the workers of a Ray cluster; None: in this process. A run may be resumed either way.
         settings: what else decides the numbers (model, dtype); a resumed run must agree with them.
     """
 
@@ -89,6 +96,7 @@ class ScoreJob:
     resume: bool = False
     overwrite: bool = False
     report: str | None = None
+    cluster: RayCluster | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -115,6 +123,7 @@ def score_file(
         per_token=job.per_token,
         resume=job.resume,
         overwrite=job.overwrite,
+        per_word=job.options.level == "word",
         stdout=stdout,
     )
     summary = RunSummary(resumed=sink.done_rows)
@@ -127,12 +136,12 @@ def score_file(
         return summary
     digest = InputDigest()
     rest = _skip_done(chain([first], rows), sink, digest)
-    scorer = Scorer(model() if callable(model) else model, job.options)
-    summary.bos = scorer.encoder.describe_bos()
-    with bar("scoring", total=lambda: estimate_rows(job.source, job.format), unit="rows") as advance:
+    total = partial(estimate_rows, job.source, job.format)
+    with _engine(job, model, summary) as engine, bar("scoring", total=total, unit="rows") as advance:
+        summary.bos, summary.path = engine.bos, engine.path
         advance(sink.done_rows)
-        for chunk in _chunks(rest):
-            scored = scorer.score_rows(chunk, per_token=job.per_token or builder is not None)
+        per_token = job.per_token or builder is not None
+        for chunk, scored, shown in engine.score(_chunks(rest), per_token=per_token, advance=advance):
             stop = _first_error(scored) if job.on_error == "stop" else None
             kept = scored[:stop]
             for read in chunk[:stop]:
@@ -143,13 +152,88 @@ def score_file(
                 summary.add(row)
                 if builder is not None:
                     builder.add(row)
-            advance(len(kept))
+            advance(len(kept) - shown)
             if stop is not None:
                 raise _stopped(chunk[stop], scored[stop], summary, job)
     sink.finish()
     if builder is not None and job.report is not None:
         builder.write(job.report)
     return summary
+
+
+class _Local:
+    """Scores in this process what `RayScorer` scores on a cluster."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.bos = scorer.encoder.describe_bos()
+        self.path = scorer.executor.describe()
+        self._scorer = scorer
+
+    def score(
+        self, chunks: Iterator[list[InputRow]], *, per_token: bool, advance: Callable[..., None]
+    ) -> Iterator[tuple[list[InputRow], list[ScoredRow], int]]:
+        """Each chunk with its scored rows, in order, and how many of them the bar has been told of already."""
+        for chunk in chunks:
+            shown = _Shown(len(chunk), advance)
+            yield chunk, self._scorer.score_rows(chunk, per_token=per_token, advance=shown.add), shown.rows
+
+
+class _Remote:
+    """The same on a cluster, whose chunks arrive whole."""
+
+    def __init__(self, scorer: RayScorer) -> None:
+        self.bos, self.path = scorer.bos, scorer.path
+        self._scorer = scorer
+
+    def score(
+        self, chunks: Iterator[list[InputRow]], *, per_token: bool, advance: Callable[..., None]
+    ) -> Iterator[tuple[list[InputRow], list[ScoredRow], int]]:
+        """Each chunk with its scored rows, in order."""
+        for chunk, scored in self._scorer.score(chunks, per_token=per_token):
+            yield chunk, scored, 0
+
+
+class _Shown:
+    """Turns scored tokens into rows of a chunk for the bar, so that it moves while a long chunk is scored."""
+
+    def __init__(self, rows: int, advance: Callable[..., None]) -> None:
+        self.rows = 0
+        self._most, self._advance = rows - 1, advance
+        self._tokens = 0
+
+    def add(self, tokens: int, total: int) -> None:
+        """So many more of the chunk's scored tokens are done."""
+        self._tokens += tokens
+        rows = self._most * self._tokens // max(1, total)
+        self._advance(rows - self.rows)
+        self.rows = rows
+
+
+@contextmanager
+def _engine(
+    job: ScoreJob, model: TextModel | Callable[[], TextModel], summary: RunSummary
+) -> Iterator[_Local | _Remote]:
+    if job.cluster is None:
+        yield _Local(Scorer(model() if callable(model) else model, job.options))
+        return
+    with ray_scorer(model, job.options, job.cluster) as engine:
+        try:
+            yield _Remote(engine)
+        except LostChunkError as error:
+            raise InputError(f"{error}{_kept(summary, job)}") from None
+
+
+def plan_file(job: ScoreJob, model: TextModel | Callable[[], TextModel], *, stdin: BinaryIO | None = None) -> DryRun:
+    """What `score_file` would do with a job on this machine: nothing is scored and nothing is written.
+
+    Raises:
+        InputError: for input or options that cannot be used.
+    """
+    rows = read_rows(job.source, fields=job.fields, format=job.format, stdin=stdin)
+    first = next(rows)
+    scorer = Scorer(model() if callable(model) else model, job.options)
+    with bar("planning", total=partial(estimate_rows, job.source, job.format), unit="rows") as advance:
+        return dry_run(_chunks(chain([first], rows)), scorer, advance=advance)
 
 
 def _chunks(rows: Iterator[InputRow]) -> Iterator[list[InputRow]]:
@@ -184,9 +268,12 @@ def _first_error(scored: list[ScoredRow]) -> int | None:
 
 
 def _stopped(row: InputRow, scored: ScoredRow, summary: RunSummary, job: ScoreJob) -> RowError:
+    return RowError(f"{scored.error}{_kept(summary, job)}", row=row.where)
+
+
+def _kept(summary: RunSummary, job: ScoreJob) -> str:
     kept = summary.resumed + summary.rows
-    after = "" if job.output == "-" or not kept else f" ({kept} rows before it are kept: mend it and pass --resume)"
-    return RowError(f"{scored.error}{after}", row=row.where)
+    return "" if job.output == "-" or not kept else f" ({kept} rows before it are kept: mend it and pass --resume)"
 
 
 def _brief(row: ScoredRow) -> ScoredRow:
@@ -203,6 +290,10 @@ def _settings(job: ScoreJob) -> dict[str, Any]:
         "overflow": options.overflow,
         "stride": options.stride,
         "max_batch_tokens": options.max_batch_tokens,
+        "max_cache_bytes": options.max_cache_bytes,
+        "path": options.path,
+        "level": options.level,
+        "tokenisations": options.tokenisations,
         "on_error": job.on_error,
     }
 
