@@ -40,6 +40,8 @@ def main(names: list[str]) -> None:
         result["machine"] = {"cpu_threads": torch.get_num_threads(), "torch": torch.__version__}
         result["machine"]["python"] = platform.python_version()
         (HERE / "results" / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        if "table" in result:  # a page of the documentation shows it
+            (HERE.parent / "docs" / f"_{name}_bench.md").write_text(result["table"], encoding="utf-8")
         print(f"== {name}: {result['what']}")
         for row in result["rows"]:
             print("  " + "  ".join(f"{key} {value}" for key, value in row.items()))

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from loglik.likelihood import LogLikelihood, Measurement
     from loglik.models.batch import TokenBatch
     from loglik.models.load import load
+    from loglik.scoring.next_bytes import next_bytes
     from loglik.scoring.score import score
+    from loglik.scoring.stream import score_text
     from loglik.training.fit import fit
 
 __version__ = "0.1.0"
@@ -26,7 +28,9 @@ __all__ = [
     "Unit",
     "fit",
     "load",
+    "next_bytes",
     "score",
+    "score_text",
 ]
 
 # Public names and where they live. They are imported at first use, so that commands without tensors start at once.
@@ -41,7 +45,9 @@ _HOMES = {
     "Unit": "loglik.kinds",
     "fit": "loglik.training.fit",
     "load": "loglik.models.load",
+    "next_bytes": "loglik.scoring.next_bytes",
     "score": "loglik.scoring.score",
+    "score_text": "loglik.scoring.stream",
 }
 
 
