@@ -42,6 +42,69 @@ CAUSAL = {
         tf.MambaConfig(vocab_size=v, hidden_size=16, state_size=4, num_hidden_layers=2, **IDS)
     ),
 }
+# Architectures with a head or a way through the network of their own, apart so that the tables above keep their time.
+MORE_CAUSAL = {
+    "cohere": lambda v: tf.CohereForCausalLM(
+        tf.CohereConfig(vocab_size=v, **SMALL, logit_scale=0.3, max_position_embeddings=64, **IDS)
+    ),
+    "granite": lambda v: tf.GraniteForCausalLM(
+        tf.GraniteConfig(vocab_size=v, **SMALL, logits_scaling=3.0, max_position_embeddings=64, **IDS)
+    ),
+    "phi": lambda v: tf.PhiForCausalLM(tf.PhiConfig(vocab_size=v, **SMALL, max_position_embeddings=64, **IDS)),
+    "bloom": lambda v: tf.BloomForCausalLM(tf.BloomConfig(vocab_size=v, hidden_size=16, n_layer=2, n_head=2, **IDS)),
+    "gptj": lambda v: tf.GPTJForCausalLM(
+        tf.GPTJConfig(vocab_size=v, n_embd=16, n_layer=2, n_head=2, n_positions=64, rotary_dim=4, **IDS)
+    ),
+    "falcon": lambda v: tf.FalconForCausalLM(
+        tf.FalconConfig(vocab_size=v, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, **IDS)
+    ),
+    "qwen3_moe": lambda v: tf.Qwen3MoeForCausalLM(
+        tf.Qwen3MoeConfig(vocab_size=v, **ROTARY, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, **IDS)
+    ),
+    # A sliding window that its attention is told by masks alone.
+    "phimoe": lambda v: tf.PhimoeForCausalLM(
+        tf.PhimoeConfig(
+            vocab_size=v,
+            **{k: x for k, x in ROTARY.items() if k != "head_dim"},
+            sliding_window=16,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+            **IDS,
+        )
+    ),
+    "llama4": lambda v: tf.Llama4ForCausalLM(
+        tf.Llama4TextConfig(
+            vocab_size=v, **ROTARY, intermediate_size_mlp=24, num_local_experts=2, attention_chunk_size=16, **IDS
+        )
+    ),
+    "phi3_longrope": lambda v: tf.Phi3ForCausalLM(
+        tf.Phi3Config(
+            vocab_size=v,
+            **{k: x for k, x in ROTARY.items() if k != "head_dim"},
+            original_max_position_embeddings=8,
+            rope_parameters={
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0] * 4,
+                "long_factor": [2.0] * 4,
+                "original_max_position_embeddings": 8,
+            },
+            **IDS,
+        )
+    ),
+    # Convolution beside attention: neighbours in a packed row leak into one another.
+    "lfm2": lambda v: tf.Lfm2ForCausalLM(
+        tf.Lfm2Config(
+            vocab_size=v,
+            **SMALL,
+            num_key_value_heads=1,
+            layer_types=["conv", "full_attention"],
+            conv_L_cache=3,
+            max_position_embeddings=64,
+            **IDS,
+        )
+    ),
+}
 SEQ2SEQ = {
     "t5": lambda v: tf.T5ForConditionalGeneration(
         tf.T5Config(
@@ -72,14 +135,14 @@ MASKED = {
 }
 
 
-def build(make, vocabulary: int = 50, seed: int = 0):
+def build(make, vocabulary: int = 50, seed: int = 0, gain: float = 4.0):
     """A random model in evaluation mode, with weights large enough that its predictions differ."""
     torch.manual_seed(seed)
     model = make(vocabulary).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:
-                parameter.mul_(4.0)
+                parameter.mul_(gain)
     return model
 
 

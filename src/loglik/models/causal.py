@@ -12,7 +12,7 @@ from loglik.kinds import DrawsKey, Kind, Unit
 from loglik.likelihood import LogLikelihood
 from loglik.models.batch import TokenBatch
 from loglik.models.encode import Layout
-from loglik.models.paths import ForwardPath, PathReport, find_path
+from loglik.models.paths import ForwardPath, PathReport, find_path, scaled_rope_start
 from loglik.models.sampling import ancestral_samples
 from loglik.models.tokens import greedy_match, labelled, selected_log_probs, widened
 from loglik.models.trunk import Trunk
@@ -49,7 +49,7 @@ class CausalLM:
     def trunk(self) -> Trunk | None:
         """The model without its head, and the head by itself; None for a network that cannot be taken apart."""
         vocabulary = self.model.config.get_text_config().vocab_size
-        probe = torch.arange(3, 9, device=self.device)[None] % vocabulary
+        probe = torch.arange(3, 3 + min(6, self.max_length or 6), device=self.device)[None] % vocabulary
         try:
             return Trunk(self.model, {"input_ids": probe})
         except TypeError:
@@ -100,7 +100,7 @@ class CausalLM:
                 logits = self._logits(inputs)[picked]
                 chosen, first = selected_log_probs(logits, targets), greedy_match(logits.detach(), targets)
             else:
-                hidden = self.trunk.hidden(input_ids=inputs, use_cache=False)[picked]
+                hidden = self._hidden(self.trunk, inputs, packed.attention_mask.sum(1) - 1)[picked]
                 chosen, first, _ = self.trunk.log_probs(hidden, targets)
             terms = terms.to(chosen.dtype).masked_scatter(packed.scored_mask, chosen)
             greedy = greedy.masked_scatter(packed.scored_mask, first)
@@ -137,6 +137,19 @@ class CausalLM:
         (EOS included) is scored in the returned batch.
         """
         return ancestral_samples(self, n, prompt=prompt, generator=generator, max_tokens=max_tokens)
+
+    def _hidden(self, trunk: Trunk, ids: Tensor, lengths: Tensor) -> Tensor:
+        """(B, T, D). Rows on either side of a length from which rotary frequencies change do not run together."""
+        start = scaled_rope_start(self.model.config)
+        is_long = torch.zeros_like(lengths, dtype=torch.bool) if start is None else lengths > start
+        if bool(is_long.all()) or not bool(is_long.any()):
+            return trunk.hidden(input_ids=ids, use_cache=False)
+        long = trunk.hidden(input_ids=ids[is_long], use_cache=False)
+        short = trunk.hidden(input_ids=ids[~is_long, :start], use_cache=False)
+        out = long.new_zeros(*ids.shape, long.shape[-1])
+        out = out.index_put((is_long.nonzero()[:, 0],), long)
+        short = torch.nn.functional.pad(short, (0, 0, 0, ids.shape[1] - short.shape[1]))
+        return out.index_put(((~is_long).nonzero()[:, 0],), short)
 
     def _logits(self, ids: Tensor) -> Tensor:
         """(B, T, V). Padding stands on the right, where causal attention cannot see it: no mask is needed."""

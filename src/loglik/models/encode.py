@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, Literal
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from loglik.errors import InputError, RowError
 
@@ -118,8 +121,30 @@ class TextEncoder:
         }[self.bos]
         return f"{token} {when}"
 
-    def encode(self, prompt: str, completion: str) -> EncodedText:
+    def encode_all(self, pairs: Sequence[tuple[str, str]]) -> list[EncodedText | RowError]:
+        """What `encode` gives for each row, or the error it raises; joint texts are tokenised in parallel."""
+        texts = [prompt + completion for prompt, completion in pairs]
+        ready: list[_Tokens | None] = [None] * len(texts)
+        if self._backend is not None and self.layout != "seq2seq" and self.boundary == "joint":
+            good = [i for i, text in enumerate(texts) if NOT_TEXT.search(text) is None]
+            found = self._backend.encode_batch([texts[i] for i in good], add_special_tokens=False)
+            for i, encoding in zip(good, found, strict=True):
+                ready[i] = _tokens_of(encoding)
+        out: list[EncodedText | RowError] = []
+        for (prompt, completion), tokens in zip(pairs, ready, strict=True):
+            try:
+                out.append(self.encode(prompt, completion, tokens))
+            except RowError as error:
+                out.append(error)
+        return out
+
+    def encode(self, prompt: str, completion: str, tokens: _Tokens | None = None) -> EncodedText:
         """Tokens of one row.
+
+        Args:
+            prompt: what is conditioned on; may be empty.
+            completion: what is scored.
+            tokens: of both together, if they are known already.
 
         Raises:
             RowError: for an empty completion, text that is not Unicode, a completion without tokens, or one whose only
@@ -142,13 +167,13 @@ class TextEncoder:
             )
             return self._finish(prompt + completion, joined, len(left.ids), "separate", shift)
         text = prompt + completion
-        tokens = self._tokens(text)
+        tokens = self._tokens(text) if tokens is None else tokens
         if not prompt:
             return self._finish(text, tokens, 0, "none", 0)
         if self._backend is None:
             raise InputError("the tokenizer gives no character offsets, so the boundary is unknown; use 'separate'")
         cut = len(prompt)
-        start = next((i for i, (_, end) in enumerate(tokens.spans) if end > cut), len(tokens.ids))
+        start = bisect_right(tokens.spans, cut, key=itemgetter(1))  # the first token that ends behind the prompt
         straddled = start < len(tokens.ids) and tokens.spans[start][0] < cut
         from_char = tokens.spans[start][0] if straddled else cut
         return self._finish(text, tokens, start, "straddled" if straddled else "aligned", from_char)
@@ -210,9 +235,12 @@ class TextEncoder:
         if self._backend is None:
             ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             return _Tokens(ids, [(0, len(text))] * len(ids), [-1] * len(ids))
-        encoding = self._backend.encode(text, add_special_tokens=False)
-        words = [-1 if w is None else w for w in encoding.word_ids]
-        return _Tokens(encoding.ids, encoding.offsets, words)
+        return _tokens_of(self._backend.encode(text, add_special_tokens=False))
+
+
+def _tokens_of(encoding: Encoding) -> _Tokens:
+    words = [-1 if w is None else w for w in encoding.word_ids]
+    return _Tokens(encoding.ids, encoding.offsets, words)
 
 
 def check_text(text: str, name: str) -> None:
@@ -251,8 +279,10 @@ def _pieces(text: str, spans: list[tuple[int, int]]) -> list[str]:
     """Text of each token; what several tokens share, such as one character's bytes, stands with the first of them."""
     pieces, covered = [], 0
     for begin, end in spans:
-        pieces.append(text[max(begin, covered) : end])
-        covered = max(covered, end)
+        # Without calls of max: this runs for every token that is read.
+        pieces.append(text[begin if begin > covered else covered : end])
+        if end > covered:  # noqa: PLR1730
+            covered = end
     return pieces
 
 

@@ -94,10 +94,15 @@ def token_log_probs(
         subset: (V,) bool; log-mass of these tokens at every hidden state (no gradient).
         tile: rows and columns of logits held at a time; by device if None.
 
+    Raises:
+        ValueError: for a target outside the vocabulary.
+
     Returns:
         `log_probs` differentiable in the hidden states and in the head's weight and bias, by recomputation: nothing of
         size V is kept for the backward pass. `greedy` and `log_mass` carry no gradient.
     """
+    if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < head.weight.shape[0]:
+        raise ValueError(f"a target is no token of the vocabulary of {head.weight.shape[0]}")
     rows = torch.arange(len(targets), device=hidden.device) if rows is None else rows
     tile = tile or (_CPU_TILE if hidden.device.type == "cpu" else _GPU_TILE)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, head.weight, head.bias)):

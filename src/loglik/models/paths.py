@@ -27,6 +27,7 @@ ForwardPath = Literal["packed", "cached", "padded"]
 # A prefix of three tokens with two branches, the first of which branches again.
 _PREFIX = [3, 5, 4]
 _BRANCHES = [[6, 7, 8, 3], [6, 7, 4], [8, 5, 9, 9, 3]]
+_LONGEST = len(_PREFIX) + max(map(len, _BRANCHES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +75,14 @@ def find_path(trunk: Trunk, wanted: ForwardPath | None = None) -> PathReport:
     """The fastest path that gives this model's own numbers, or whether the wanted one does.
 
     Raises:
-        ValueError: if the wanted path is not possible, with the reason.
+        ValueError: if the wanted path is not possible, with the reason; or if the network is not causal.
     """
     refused: dict[str, str] = {}
+    config = trunk.inner.config.get_text_config()
+    if (getattr(config, "max_position_embeddings", None) or _LONGEST) < _LONGEST:
+        if wanted in ("packed", "cached"):
+            raise ValueError(f"this model cannot run {wanted} passes: its context is too short to try them")
+        return PathReport("padded", 0.0, {"packed": "its context is too short to try it"})
     with evaluating(trunk.model):
         expected = _plain(trunk)
         for path, attempt in (("packed", _packed), ("cached", _cached)):
@@ -123,12 +129,26 @@ def _objection(trunk: Trunk, path: str) -> str | None:
 
 
 def _plain(trunk: Trunk) -> list[Tensor]:
-    """Hidden states of each branch after the prefix, one whole sequence per forward pass."""
-    found = []
+    """Hidden states of each branch after the prefix, one whole sequence per forward pass.
+
+    Raises:
+        ValueError: if those of the prefix depend on what follows it.
+    """
+    found, before = [], []
     for branch in _BRANCHES:
-        ids = torch.tensor([_PREFIX + branch], device=trunk.model.device)
-        found.append(trunk.hidden(input_ids=ids, use_cache=False)[0, len(_PREFIX) :])
+        hidden = trunk.hidden(input_ids=_ids(trunk, [_PREFIX + branch]), use_cache=False)[0]
+        before.append(hidden[: len(_PREFIX)])
+        found.append(hidden[len(_PREFIX) :])
+    if max(relative_difference(other, before[0]) for other in before) > _tolerance(before[0].dtype):
+        raise ValueError("the predictions of this network depend on later tokens: it is no causal language model")
     return found
+
+
+def _ids(trunk: Trunk, ids: list[Any]) -> Tensor:
+    """Token ids of the trial, folded into a vocabulary that is smaller."""
+    vocabulary = trunk.inner.config.get_text_config().vocab_size
+    folded: Tensor = torch.tensor(ids, device=trunk.model.device) % vocabulary
+    return folded
 
 
 def _packed(trunk: Trunk) -> list[Tensor]:
@@ -138,14 +158,14 @@ def _packed(trunk: Trunk) -> list[Tensor]:
     depth = len(_PREFIX)
     path = KeyValuePath()
     root = TreeRow(torch.arange(depth, device=device), torch.full((depth,), depth, device=device), [(0, depth)])
-    root.path = path
-    tree_hidden(trunk, torch.tensor(_PREFIX, device=device), root)
+    root.path, root.keep = path, depth
+    tree_hidden(trunk, _ids(trunk, _PREFIX), root)
     path.length = depth
     ids = [*first, second[2], *third]
     positions = [3, 4, 5, 6, 5, 3, 4, 5, 6, 7]
     ends = [5, 5, 4, 4, 5, 10, 10, 10, 10, 10]
     row = TreeRow(torch.tensor(positions, device=device), torch.tensor(ends, device=device), [(0, 10)], depth, path)
-    under = tree_hidden(trunk, torch.tensor(ids, device=device), row)
+    under = tree_hidden(trunk, _ids(trunk, ids), row)
     _check_windows(trunk, row)
     whole = [_PREFIX + branch for branch in _BRANCHES]
     lengths = [len(sequence) for sequence in whole]
@@ -156,7 +176,7 @@ def _packed(trunk: Trunk) -> list[Tensor]:
         torch.cat([torch.full((n,), end, device=device) for n, end in zip(lengths, edges[1:], strict=True)]),
         groups,
     )
-    apart = tree_hidden(trunk, torch.tensor(list(chain.from_iterable(whole)), device=device), alone)
+    apart = tree_hidden(trunk, _ids(trunk, list(chain.from_iterable(whole))), alone)
     tree = [under[:4], under[[0, 1, 4]], under[5:]]
     # The worse of the two ways counts: both are compared by the caller's maximum.
     split = [apart[begin + depth : end] for begin, end in groups]
@@ -170,6 +190,8 @@ def _packed(trunk: Trunk) -> list[Tensor]:
 def _check_windows(trunk: Trunk, row: TreeRow) -> None:
     """A configuration with a sliding window must have told the attention of it: a short trial would not show."""
     config = trunk.inner.config.get_text_config()
+    if len(row.windows) != config.num_hidden_layers:
+        raise RuntimeError("some of its layers mix tokens in other ways than by attention")
     window = getattr(config, "sliding_window", None)
     if not isinstance(window, int) or getattr(config, "use_sliding_window", True) is False:
         return
@@ -181,14 +203,13 @@ def _check_windows(trunk: Trunk, row: TreeRow) -> None:
 
 
 def _cached(trunk: Trunk) -> list[Tensor]:
-    device = trunk.model.device
     half = len(_PREFIX) - 1
-    _, cache = cached_hidden(trunk, torch.tensor([_PREFIX[:half]], device=device), None)
-    _, cache = cached_hidden(trunk, torch.tensor([_PREFIX[half:]], device=device), cache)
+    _, cache = cached_hidden(trunk, _ids(trunk, [_PREFIX[:half]]), None)
+    _, cache = cached_hidden(trunk, _ids(trunk, [_PREFIX[half:]]), cache)
     width = max(map(len, _BRANCHES))
     rows = [branch + [0] * (width - len(branch)) for branch in _BRANCHES]
     for _ in range(2):  # the second time shows a cache that the first has spoilt
-        hidden, _ = cached_hidden(trunk, torch.tensor(rows, device=device), cache, repeat=len(rows))
+        hidden, _ = cached_hidden(trunk, _ids(trunk, rows), cache, repeat=len(rows))
     return [states[: len(branch)] for states, branch in zip(hidden, _BRANCHES, strict=True)]
 
 

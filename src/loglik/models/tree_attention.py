@@ -40,12 +40,12 @@ class KeyValuePath:
     def extended(self, layer: int, prefix: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The first `prefix` tokens of the path and, written behind them, the new keys and values (1, H, N, D)."""
         end = prefix + key.shape[2]
-        keys, values = self._room(layer, end, key, value)
+        keys, values = self._room(layer, prefix, end, key, value)
         keys[:, :, prefix:end] = key
         values[:, :, prefix:end] = value
         return keys[:, :, :end], values[:, :, :end]
 
-    def _room(self, layer: int, end: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def _room(self, layer: int, prefix: int, end: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         old = self._layers.get(layer)
         if old is not None and old[0].shape[2] >= end:
             return old
@@ -56,8 +56,8 @@ class KeyValuePath:
             value.new_empty(1, value.shape[1], self.capacity, value.shape[3]),
         )
         if old is not None:
-            new[0][:, :, : self.length] = old[0][:, :, : self.length]
-            new[1][:, :, : self.length] = old[1][:, :, : self.length]
+            new[0][:, :, :prefix] = old[0][:, :, :prefix]
+            new[1][:, :, :prefix] = old[1][:, :, :prefix]
         self._layers[layer] = new
         return new
 
@@ -69,9 +69,10 @@ class TreeRow:
     Args:
         positions: (N,) depth of each token, the prefix counted.
         ends: (N,) column behind the last descendant of each token.
-        groups: stretches of columns that see nothing of one another.
-        prefix: tokens of `path` that every token of the row sees; there is one group then.
+        groups: stretches of columns, in order, that see nothing of one another but the path.
+        prefix: tokens of `path` that every token of the row sees.
         path: keys and values of the prefix; new ones are written behind them. None: no prefix, nothing is kept.
+        keep: the first group's tokens that become part of the path: that group is they, and the others see them.
         attend: the attention function of the model's own implementation.
         needs_mask: it is not causal of itself.
         windows: what each layer said of its sliding window.
@@ -82,27 +83,28 @@ class TreeRow:
     groups: list[tuple[int, int]]
     prefix: int = 0
     path: KeyValuePath | None = None
+    keep: int = 0
     attend: Callable[..., Any] | None = None
     needs_mask: bool = False
     windows: dict[int, int | None] = field(default_factory=dict)
-    _masks: dict[tuple[int, int, int | None], Tensor | None] = field(default_factory=dict)
+    _masks: dict[tuple[int, int, int, int | None], Tensor | None] = field(default_factory=dict)
 
-    def mask(self, begin: int, end: int, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """(1, 1, n, prefix + n) additive mask of a group; None where it is plain causal attention."""
-        key = (begin, end, window)
+    def mask(self, begin: int, end: int, seen: int, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """(1, 1, n, seen + n) additive mask of a group behind `seen` tokens; None where it is plain causal."""
+        key = (begin, end, seen, window)
         if key not in self._masks:
-            self._masks[key] = self._mask(begin, end, window, dtype)
+            self._masks[key] = self._mask(begin, end, seen, window, dtype)
         return self._masks[key]
 
-    def _mask(self, begin: int, end: int, window: int | None, dtype: torch.dtype) -> Tensor | None:
+    def _mask(self, begin: int, end: int, seen: int, window: int | None, dtype: torch.dtype) -> Tensor | None:
         ends, positions = self.ends[begin:end], self.positions[begin:end]
-        is_chain = bool((ends == end).all())
-        if is_chain and not self.prefix and not self.needs_mask and (window is None or end - begin <= window):
+        is_chain = bool((ends >= end).all())
+        if is_chain and not seen and not self.needs_mask and (window is None or end - begin <= window):
             return None
         columns = torch.arange(begin, end, device=ends.device)
         visible = (columns[None, :] <= columns[:, None]) & (columns[:, None] < ends[None, :])
-        before = torch.arange(self.prefix, device=ends.device)
-        visible = torch.cat([visible.new_ones(end - begin, self.prefix), visible], dim=1)
+        before = torch.arange(seen, device=ends.device)
+        visible = torch.cat([visible.new_ones(end - begin, seen), visible], dim=1)
         if window is not None:
             visible &= positions[:, None] - torch.cat([before, positions])[None, :] < window
         mask = torch.zeros(visible.shape, dtype=dtype, device=ends.device)
@@ -127,17 +129,21 @@ def tree_attention(
     tree = loglik_tree
     if tree is None or tree.attend is None or query.shape[0] != 1 or query.shape[2] != len(tree.positions):
         raise RuntimeError(f"{type(module).__name__} does not pass the tree of a packed row to its attention")
+    if attention_mask is not None:
+        raise RuntimeError(f"{type(module).__name__} has a mask of its own, which a tree would lose")
     window = kwargs.get("sliding_window")
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     tree.windows[layer] = window
-    if tree.path is not None:
-        key, value = tree.path.extended(layer, tree.prefix, key, value)
     outputs = []
+    seen = tree.prefix
     for begin, end in tree.groups:
-        seen = slice(0 if tree.prefix else begin, tree.prefix + end)
-        mask = tree.mask(begin, end, window, query.dtype)
-        part = tree.attend(module, query[:, :, begin:end], key[:, :, seen], value[:, :, seen], mask, **kwargs)
-        outputs.append(part[0])
+        keys, values = key[:, :, begin:end], value[:, :, begin:end]
+        if tree.path is not None:
+            # Behind the path there is room for one group at a time: the next one writes over it.
+            keys, values = tree.path.extended(layer, seen, keys, values)
+        mask = tree.mask(begin, end, seen, window, query.dtype)
+        outputs.append(tree.attend(module, query[:, :, begin:end], keys, values, mask, **kwargs)[0])
+        seen = tree.prefix + tree.keep
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), None
 
 

@@ -55,6 +55,8 @@ class Trunk:
         if self._form is None:
             return None
         output = self.inner.get_output_embeddings()
+        if type(output) is not nn.Linear:  # an adapter has been put on it since
+            return None
         return LinearHead(output.weight, getattr(output, "bias", None), *self._form)
 
     def hidden(self, **inputs: Any) -> Tensor:
@@ -98,6 +100,8 @@ class Trunk:
             return None
         want = widened(self.model(**self.probe).logits)
         hidden = self.hidden(**self.probe)
+        if output.weight.shape[1] != hidden.shape[-1]:  # something stands between
+            return None
         config = self.inner.config
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
         cap = getattr(config, "final_logit_softcapping", None)
@@ -132,14 +136,18 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 
 def _scales(config: Any) -> list[float]:
-    """Factors on the logits that architectures are known to have; the first that fits is taken."""
-    found = [1.0]
+    """Factors on the logits that architectures are known to have; the first that fits is taken.
+
+    A factor that the configuration names comes before none: where all logits are 0, each would fit.
+    """
+    found = []
     for name in ("logit_scale", "lm_head_multiplier"):
         value = getattr(config, name, None)
         found += [float(value)] if isinstance(value, int | float) and value else []
     divisor = getattr(config, "logits_scaling", None)
     found += [1 / float(divisor)] if isinstance(divisor, int | float) and divisor else []
     width = getattr(config, "d_model", None)
+    found += [1.0]
     found += [float(width) ** -0.5] if isinstance(width, int) else []
     return found
 

@@ -60,12 +60,22 @@ def cache_bytes_per_token(model: Any) -> int | None:
     if network is None or config is None:
         return None
     text = config.get_text_config()
-    layers, heads = getattr(text, "num_hidden_layers", None), getattr(text, "num_attention_heads", None)
+    layers, heads = getattr(text, "num_hidden_layers", None), _most(text, "num_attention_heads")
     if not layers or not heads:
         return None
-    head = getattr(text, "head_dim", None) or text.hidden_size // heads
-    groups = getattr(text, "num_key_value_heads", None) or heads
+    head = _most(text, "head_dim") or text.hidden_size // heads
+    groups = _most(text, "num_key_value_heads") or heads
     return 2 * int(layers) * int(groups) * int(head) * int(network.dtype.itemsize)
+
+
+def _most(config: Any, name: str) -> int | None:
+    """A number of the configuration; the largest of them where it differs by layer."""
+    try:
+        value: int | None = getattr(config, name, None)
+    except RuntimeError:  # transformers refuses to give one number for all layers
+        layers = range(config.num_hidden_layers)
+        return max(int(getattr(config.per_layer_config[i], name, None) or 0) for i in layers) or None
+    return value
 
 
 def _free_bytes(device: torch.device) -> int:

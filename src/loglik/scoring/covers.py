@@ -197,8 +197,7 @@ class Tail:
         if kind not in self._later:
             found = (self._goes_on(past, text, future, len(spelled)) for future in view.futures[1:])
             self._later[kind] = list(dict.fromkeys(more for more in found if more is not None))
-        later = self._later[kind]
-        return (settled and b"" in later) or any(view.writes(piece + more, inner, token) for more in later if more)
+        return any((settled and not more) or view.writes(piece + more, inner, token) for more in self._later[kind])
 
     def _goes_on(self, past: tuple[int, ...], text: str, future: str, end: int) -> bytes | None:
         """What `future` adds to the piece that holds byte ``end - 1`` of `text`; None if pieces do not fit `past`."""

@@ -10,7 +10,7 @@ from typing import Literal
 from loglik.errors import InputError, RowError
 from loglik.kinds import Kind
 from loglik.models.causal import CausalLM
-from loglik.models.encode import BosPolicy, BoundaryPolicy, TextEncoder
+from loglik.models.encode import BosPolicy, BoundaryPolicy, EncodedText, TextEncoder
 from loglik.models.protocol import TextModel
 from loglik.scoring.budget import Budget
 from loglik.scoring.covers import CoverEncoder, Tokenisations, kind_of
@@ -106,9 +106,12 @@ class Scorer:
     def prepare(self, pairs: Sequence[tuple[str, str]]) -> list[TokenScores | ByteScores | RowError]:
         """The rows with the windows that they need; a row that cannot be scored gives its error."""
         out: list[TokenScores | ByteScores | RowError] = []
-        for prompt, completion in pairs:
+        texts = self.encoder.encode_all(pairs) if self.covers is None else [None] * len(pairs)
+        for (prompt, completion), text in zip(pairs, texts, strict=True):
             try:
-                out.append(self._tokens(prompt, completion) if self.covers is None else self._bytes(prompt, completion))
+                if isinstance(text, RowError):
+                    raise text
+                out.append(self._bytes(prompt, completion) if text is None else self._tokens(text))
             except RowError as error:
                 out.append(error)
         return out
@@ -156,8 +159,7 @@ class Scorer:
                 out.append(self._row(row.id, result, per_token=per_token))
         return out
 
-    def _tokens(self, prompt: str, completion: str) -> TokenScores:
-        text = self.encoder.encode(prompt, completion)
+    def _tokens(self, text: EncodedText) -> TokenScores:
         reads_last = self.vocabulary is not None  # what follows the last token is asked for, so it needs a place
         cut: list[Window] = list(
             windows(

@@ -9,6 +9,7 @@ is an error and never a number.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -23,7 +24,7 @@ from loglik.models.causal import CausalLM
 from loglik.models.paths import PathReport, cached_hidden, scaled_rope_start
 from loglik.models.protocol import TextModel
 from loglik.models.tree_attention import KeyValuePath, TreeRow, tree_hidden
-from loglik.models.trunk import Trunk
+from loglik.models.trunk import Trunk, evaluating
 from loglik.scoring.batches import Batch, BatchPlan, make_batches
 from loglik.scoring.budget import Budget
 from loglik.scoring.forest import Forest
@@ -89,7 +90,7 @@ class Executor:
             try:
                 self.report = model.forward_path(None if path == "auto" else path)
             except ValueError as error:
-                raise InputError(f"{error}; leave the path at auto") from None
+                raise InputError(f"{error}" + ("" if path == "auto" else "; leave the path at auto")) from None
             self._trunk = model.trunk
         elif path not in ("auto", "padded"):
             raise InputError(f"{path} passes need a causal model of transformers; leave the path at auto")
@@ -154,12 +155,38 @@ class Executor:
         if self._trunk is None:
             if any(window.probes or window.branches for window in windows):
                 raise InputError("probabilities of words and of bytes need a causal model of transformers: use one")
-            return self._direct(windows, advance)
+            network = getattr(self.model, "model", None)
+            with evaluating(network) if isinstance(network, torch.nn.Module) else nullcontext():
+                return self._direct(windows, advance)
+        start = scaled_rope_start(self._trunk.inner.config)
+        long = [start is not None and len(window.inputs) > start for window in windows]
+        with evaluating(self._trunk.model):
+            if all(long) or not any(long):
+                return self._shared(self._trunk, windows, subset, advance)
+            # Frequencies depend on the length of the whole row: a short row is no beginning of a long one.
+            sides = {
+                side: iter(
+                    self._shared(
+                        self._trunk, [w for w, s in zip(windows, long, strict=True) if s is side], subset, advance
+                    )
+                )
+                for side in (False, True)
+            }
+        return [next(sides[side]) for side in long]
+
+    def _shared(
+        self,
+        trunk: Trunk,
+        windows: Sequence[Window],
+        subset: Tensor | None,
+        advance: Callable[[int, int], None] | None,
+    ) -> list[WindowScores]:
+        """Windows of a causal model, whose equal beginnings are computed once."""
         answers = _Answers(windows)
         plan = self.plan(windows)
         demands = answers.demands(plan)
-        runner: _Runner = _PackRunner(self._trunk, plan) if isinstance(plan, Plan) else _BatchRunner(self._trunk, plan)
-        head = _Head(self._trunk, answers, subset, advance)
+        runner: _Runner = _PackRunner(trunk, plan) if isinstance(plan, Plan) else _BatchRunner(trunk, plan)
+        head = _Head(trunk, answers, subset, advance)
         parts: Sequence[Pack | Batch] = plan.packs
         for number, part in enumerate(parts):
             hidden = runner.run(part)
@@ -300,7 +327,7 @@ class _Head:
             wanted = torch.from_numpy(demand.column[~is_term]).to(hidden.device)
             self.answers.fill(demand.flat[~is_term], scores.log_mass[wanted], None)
         if self.advance is not None:
-            self.advance(len(targets), int(self.answers.branches_at[-1]))
+            self.advance(len(demand.flat), len(self.answers.values))
 
 
 class _PackRunner:
@@ -324,6 +351,7 @@ class _PackRunner:
             part.groups,
             part.prefix,
             self.path if part.prefix or part.keep else None,
+            part.keep,
         )
         hidden = tree_hidden(self.trunk, torch.from_numpy(part.tokens(forest)).to(self.device), row)
         self.path.length = part.prefix + part.keep

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,7 +57,7 @@ class Forest:
         self.roots: list[int] = []
         leaves: list[int] = []
         common: list[int] = []  # with the leaf before
-        for index, following in zip(order, [*order[1:], None], strict=True):
+        for index, following in zip_longest(order, order[1:]):
             if following is not None and keys[following].startswith(keys[index]):
                 self.host[index] = following
             elif len(arrays[index]):

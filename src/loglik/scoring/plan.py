@@ -18,6 +18,9 @@ from loglik.scoring.forest import Forest
 
 __all__ = ["Pack", "Piece", "Plan", "make_plan"]
 
+# Subtrees side by side attend together up to this many tokens: a mask over both costs less than a second call.
+GROUP_TOKENS = 128
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -37,7 +40,7 @@ class Pack:
         prefix: tokens of the path before it, computed by earlier packs.
         keep: its first tokens that stay as the path's continuation.
         pieces: what it computes, parents before children, each subtree in one stretch.
-        groups: columns of subtrees that have nothing in common; one group where there is a path.
+        groups: columns that have nothing in common but the path; the first is what is kept, if anything is.
     """
 
     prefix: int
@@ -211,7 +214,10 @@ def _piece(plan: Plan, pack: Pack, node: int, begin: int, end: int) -> None:
 
 
 def _close(plan: Plan, pack: Pack) -> None:
-    if pack.keep or pack.prefix:
-        pack.groups = [(0, pack.size)]  # all of it descends from one path
+    merged: list[tuple[int, int]] = []
+    for begin, end in pack.groups:
+        joins = bool(merged) and end - merged[-1][0] <= GROUP_TOKENS
+        merged.append((merged.pop()[0] if joins else begin, end))
+    pack.groups = [(0, pack.keep), *merged] if pack.keep else merged
     if pack.size:
         plan.packs.append(pack)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -331,8 +332,9 @@ def _connected(ray: Any, cluster: RayCluster) -> Iterator[bool]:
     before = os.environ.get("RAY_USAGE_STATS_ENABLED")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     try:
+        _knock(address)
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **size)
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises plain ones too, as when its processes take more than 30 s to start
         what = "a ray cluster could not be started here" if owned else f"the ray cluster at {address} cannot be reached"
         raise InputError(f"{what} ({(str(error).splitlines() or [''])[0]}): mend that or check --ray-address") from None
     finally:
@@ -344,6 +346,13 @@ def _connected(ray: Any, cluster: RayCluster) -> Iterator[bool]:
         yield owned
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Fail within seconds where nothing answers: Ray itself tries for minutes."""
+    host, _, port = address.rpartition("//")[2].rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _cores() -> int:
