@@ -31,7 +31,7 @@ from loglik.cli.score import Score
 from loglik.kinds import Kind
 from loglik.papers import papers
 from loglik.papers.catalogue import status
-from loglik.scoring.rows import COLUMNS, PER_TOKEN_COLUMNS
+from loglik.scoring.rows import COLUMNS, PER_TOKEN_COLUMNS, PER_WORD_COLUMNS
 from loglik.training import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -164,7 +164,7 @@ def test_every_kind_is_explained():
 
 def test_output_columns():
     rows = table(section((DOCS / "scoring.md").read_text(encoding="utf-8"), "Output columns"))
-    assert [code_words(row[0])[0] for row in rows[1:]] == [*COLUMNS, *PER_TOKEN_COLUMNS]
+    assert [code_words(row[0])[0] for row in rows[1:]] == [*COLUMNS, *PER_TOKEN_COLUMNS, *PER_WORD_COLUMNS]
 
 
 def test_training_settings():

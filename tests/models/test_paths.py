@@ -26,7 +26,7 @@ EXPECTED = {
     "lfm2": (
         "padded",
         {
-            "packed": "the architecture refuses it (some of its layers mix tokens",
+            "packed": "some of its layers mix tokens",
             "cached": "the architecture refuses it",
         },
     ),

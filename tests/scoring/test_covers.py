@@ -236,25 +236,62 @@ def test_covers_under_random_vocabularies(look, strings):
         assert {(*fan.path, token) for fan in fans for token in fan.tokens} == wanted, x
 
 
+@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("x", [b"HE", b"it'", b"a ", b"12", b"x\xe6"])
+def test_extensions_are_covers_of_one_byte_more(name, x):
+    """A token behind a cover that spells x exactly: a cover of x and one more byte, which begins its last token."""
+    look = view(name)
+    surface = look.surface(x)
+    found = {(*fan.path, token) for fan in Tail(look, surface).extensions() for token in fan.tokens}
+    for byte in [*b" eELl's1!\n", 0xC3, 0xBC, 0xF0]:
+        if split_utf8(x + bytes([byte])) is None:
+            continue
+        longer = {cover for cover in covers(name, x + bytes([byte])) if spells(look, cover[:-1]) == surface}
+        assert longer == {cover for cover in found if look.spelling[cover[-1]][0] == byte}, byte
+
+
+def spells(look: BpeView, tokens) -> bytes:
+    return b"".join(look.spelling[token] for token in tokens)
+
+
+def remade(look: BpeView, vocabulary: dict[str, int], merges=()) -> BpeView:
+    """The same pre-tokeniser over another vocabulary."""
+    state = json.loads(look.backend.to_str())
+    state["model"] |= {"vocab": vocabulary, "merges": list(merges)}
+    state["added_tokens"] = []
+    return BpeView(PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state))))
+
+
+def found_by(look: BpeView, x: bytes) -> set[tuple[int, ...]]:
+    return {(*fan.path, token) for fan in Tail(look, x).covers() for token in fan.tokens}
+
+
+def test_a_whole_word_shuts_out_its_parts():
+    """Where the piece cannot go on, a word of the vocabulary is its one encoding, though merges would not make it."""
+    vocabulary = {"a": 0, "l": 1, "al": 2}
+    assert found_by(remade(BpeView(trained("al|.", extra=("ĠĠ",))), vocabulary), b"al") == {(2,)}
+    # A pattern that lets the piece go on lets the parts stand: "all" has no word.
+    assert found_by(remade(BpeView(trained("al+|.", extra=("ĠĠ",))), vocabulary), b"al") == {(2,), (0, 1)}
+
+
+def test_a_cut_character_must_be_able_to_go_on():
+    """A first byte that merges with every byte that can follow is never a token of its own."""
+    pair = {"Ã": 0, "©": 1, "Ã©": 2}
+    assert found_by(remade(BpeView(trained()), pair, [["Ã", "©"]]), b"\xc3") == {(2,)}
+    assert found_by(remade(BpeView(trained()), pair | {"¨": 3}, [["Ã", "©"]]), b"\xc3") == {(2,), (0,)}
+
+
 def test_whole_words_that_look_ahead():
     """A word of the vocabulary that no merge makes, and a piece that ends in it only before one more space."""
-    look = BpeView(trained(r" +(?= )|.", extra=("ĠĠ",)))
-    state = json.loads(look.backend.to_str())
-    state["model"] |= {"vocab": {"a": 0, "Ġ": 1, "ĠĠ": 2}, "merges": []}
-    state["added_tokens"] = []
-    look = BpeView(PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state))))
-    assert look.backend.encode("a   ").ids == [0, 2, 1]
-    assert [(fan.path, fan.tokens) for fan in Tail(look, b"a ").covers()] == [((0,), [1, 2])]
+    look = remade(BpeView(trained(r" +(?= )|.", extra=("ĠĠ",))), {"a": 0, "Ġ": 1, "ĠĠ": 2})
+    assert look.encode("a   ") == [0, 2, 1]
+    assert found_by(look, b"a ") == {(0, 1), (0, 2)}
 
 
 def test_a_pattern_that_names_letters():
     """Letters are told apart where the pattern does: "al" is two pieces, "aa" is one."""
-    look = BpeView(trained("aa|.|\\s"))
-    plain = json.loads(look.backend.to_str())
-    plain["model"] |= {"vocab": {"a": 0, "l": 1, "aa": 2, "al": 3}, "merges": [["a", "a"], ["a", "l"]]}
-    plain["added_tokens"] = []
-    look = BpeView(PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(plain))))
-    assert [fan.tokens for fan in Tail(look, b"a").covers()] == [[0, 2]]
+    look = remade(BpeView(trained(r"aa|.|\s")), {"a": 0, "l": 1, "aa": 2, "al": 3}, [["a", "a"], ["a", "l"]])
+    assert found_by(look, b"a") == {(0,), (2,)}
 
 
 # ---- full enumeration of token sequences, with the model's probabilities

@@ -139,6 +139,20 @@ def test_leak_by_full_enumeration():
     assert float(found.log_probs[256].exp()) == pytest.approx(p(3, 0) / mass, rel=1e-9)
 
 
+def test_the_space_in_front_leaks_where_it_never_stands_alone():
+    """Every text has a space in front and begins with "a", which merges: the lone space begins no encoding."""
+    backend = Tokenizer(models.BPE(vocab={END: 0, "a": 1, "Ġ": 2, "Ġa": 3}, merges=[("Ġ", "a")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=END, eos_token=END)
+    model = CausalLM(build(CAUSAL["llama"], 4, seed=5).double(), tokenizer)
+    [found] = next_byte_distributions(model, [""])
+    p = [float(log_prob(model, [[0, token]], [1]).exp()) for token in range(4)]
+    assert float(found.log_probs[ord("a")].exp()) == pytest.approx(p[3], rel=1e-9)
+    assert float(found.log_probs[256].exp()) == pytest.approx(p[0], rel=1e-9)
+    assert float(found.log_leak.exp()) == pytest.approx(p[1] + p[2], rel=1e-9)
+
+
 def test_a_space_at_the_end_does_not_change_the_next_word():
     """Covers of "hello " hold " world" too: its letter is not lost, as it is for the tokens behind a lone space."""
     model = model_of("byte level")

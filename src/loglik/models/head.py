@@ -57,7 +57,7 @@ class LinearHead:
 class HeadScores(NamedTuple):
     """What one pass over the vocabulary gives.
 
-    Args:
+    Attributes:
         log_probs: (N,) nats, one per target.
         greedy: (N,) bool, whether the target has the highest logit.
         log_mass: (P,) log of the probability of `subset` at every hidden state, where one was given.

@@ -94,8 +94,7 @@ class Tail:
                 if self.view.unchanged(whole):
                     past = tuple(end for end in self.view.ends(whole) if end <= size)
                     within.add(tuple(end for end in past if end < size))
-                    if future:
-                        beyond.add(past)
+                    beyond.add(past)
             if not origin or (all(within) and len({past[0] for past in within}) == 1):
                 break
         self.origin, self._near = origin, text
@@ -105,7 +104,7 @@ class Tail:
     def _futures(self) -> list[str]:
         if self.rest:
             return [char + future for char in self.view.completions(self.rest) for future in self.view.few_futures]
-        return self.view.futures[1:] if self.bare else self.view.futures
+        return self.view.futures
 
     def covers(self) -> list[Fan]:
         """The canonical covers; never none, since the string is the beginning of a text."""
@@ -184,7 +183,7 @@ class Tail:
             return False
         text, rest = parts
         # A piece that ends with the token asks nothing more of the merges: its neighbour has been asked above.
-        settled = not (view.ignores_merges or view.is_byte(token) or (inner and view.is_byte(inner[-1])))
+        settled = not (view.ignores_merges or view.is_byte(token))
         piece = spelled[begin:]
         if rest:
             return any(view.writes(piece + more, inner, token) for more in self._completing(past, text, rest))
