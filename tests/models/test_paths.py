@@ -248,3 +248,31 @@ def test_models_smaller_than_the_trial(what):
         vocabulary,
     )
     assert CausalLM(model).forward_path().path in ("packed", "padded")
+
+
+def test_a_leak_beside_attention_is_found_in_half_precision():
+    """Falcon-H1 has a state-space model beside the attention of every layer: it mixes neighbours of a packed row."""
+    model = build(
+        lambda v: tf.FalconH1ForCausalLM(
+            tf.FalconH1Config(
+                vocab_size=v,
+                **ROTARY,
+                mamba_d_ssm=16,
+                mamba_n_heads=4,
+                mamba_d_head=4,
+                mamba_d_state=4,
+                mamba_n_groups=1,
+                mamba_chunk_size=8,
+                **IDS,
+            )
+        ),
+        VOCABULARY,
+    )
+    assert find_path(trunk_of(model)).path == "padded"
+    assert find_path(trunk_of(model.to(torch.bfloat16))).path == "padded"
+
+
+def test_a_network_that_looks_ahead_is_found_in_half_precision():
+    model = build(lambda v: tf.BertLMHeadModel(tf.BertConfig(vocab_size=v, **SMALL, max_position_embeddings=64)))
+    with pytest.raises(ValueError, match="causal"):
+        find_path(trunk_of(model.to(torch.bfloat16)))

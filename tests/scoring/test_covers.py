@@ -163,7 +163,7 @@ WORDS = [
     "HEL",
     " h",
 ]
-WORDS += ["x'r", "we'v", "?! ", "a\t ", "é", "a漢", "l\n\n"]
+WORDS += ["x'r", "we'v", "?! ", "a\t ", "é", "a漢", "l\n\n", "1" * 17]
 CUT = ["é".encode()[:1], "x漢".encode()[:3], "漢".encode()[:1], b"\xe2\x80", b"a\xe2", b"\xf0\x9f"]
 
 
@@ -237,7 +237,7 @@ def test_covers_under_random_vocabularies(look, strings):
 
 
 @pytest.mark.parametrize("name", MAKE)
-@pytest.mark.parametrize("x", [b"HE", b"it'", b"a ", b"12", b"x\xe6"])
+@pytest.mark.parametrize("x", [b"he", b"it'", b"a ", b"12", b"x\xe6"])
 def test_extensions_are_covers_of_one_byte_more(name, x):
     """A token behind a cover that spells x exactly: a cover of x and one more byte, which begins its last token."""
     look = view(name)
@@ -535,6 +535,10 @@ def test_added_tokens_in_the_prompt_stand_fast():
     plan = encoder.plan(f"hello{END}", "Ans")
     assert (plan.num_lower, plan.denominator, plan.shared) == (1, [], len(head))
     assert {tuple(row.ids[len(head) :]) for row in plan.numerator} == covers("gpt2", b"Ans")
+    # A space that the tokenizer puts in front of every text stands in front of what follows a token, too.
+    plan = CoverEncoder(tokenizer("llama-2")).plan("hello</s>Ans", "wer")
+    head = view("llama-2").encode("hello</s>")
+    assert {tuple(row.ids[1 + len(head) :]) for row in plan.denominator} == covers("llama-2", b"Ans")
     for prompt, completion in [("a", f"b{END}"), ("a" + END[:3], END[3:] + "b")]:
         with pytest.raises(RowError, match=r"completion has '<\|endoftext\|>', a token and not text"):
             encoder.plan(prompt, completion)

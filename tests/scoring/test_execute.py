@@ -293,7 +293,8 @@ def test_a_path_that_is_shorter_than_the_plan_says_stops_the_run():
     model = CausalLM(build(EVERY["gpt2"]))
     executor = Executor(model, budget=Budget(3))
     assert model.trunk is not None
-    plan = executor.plan([window([5, 6, 7, 8, 9, 10], 1)])
+    plan = executor.plan([window([5, 6, 7, 8, 9, 10]), window([5, 6, 7, 8, 11, 10])])
+    assert any(0 < pack.keep < pack.size for pack in plan.packs)
     assert isinstance(plan, Plan)
     runner = execute._PackRunner(model.trunk, plan)
     with torch.inference_mode(), pytest.raises(AssertionError, match="the path holds 0 tokens, the plan needs 3"):

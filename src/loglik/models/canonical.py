@@ -153,8 +153,7 @@ class BpeView:
         small = [chr(byte) for byte in sorted(self._alphabet) if byte < 128] if self.byte_level else []
         paired = (*_PAIRED, *small) if len(small) <= 12 else _PAIRED
         kinds |= dict.fromkeys(small if len(small) <= 12 else ())
-        runs = ("111", "1111")  # grouped from the right, three more digits change nothing, and one or two do
-        found = dict.fromkeys(("", *kinds, *map("".join, product(paired, repeat=2)), *runs))
+        found = dict.fromkeys(("", *kinds, *map("".join, product(paired, repeat=2))))
         return [future for future in found if self.spells(future.encode())]
 
     def spells(self, data: bytes) -> bool:

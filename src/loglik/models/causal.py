@@ -52,7 +52,7 @@ class CausalLM:
         probe = torch.arange(3, 3 + min(6, self.max_length or 6), device=self.device)[None] % vocabulary
         try:
             return Trunk(self.model, {"input_ids": probe})
-        except TypeError:
+        except (TypeError, NotImplementedError):  # the latter where weights are elsewhere while nothing runs
             return None
 
     def forward_path(self, wanted: ForwardPath | None = None) -> PathReport:

@@ -43,6 +43,8 @@ class Trunk:
         with evaluating(self.model), torch.no_grad():
             self._transformer = _find_transformer(self.model, self.probe)
             self._form = self._find_form()
+            if self._form is None:
+                self._try_own_head()
 
     @property
     def inner(self) -> Any:
@@ -92,6 +94,18 @@ class Trunk:
                 mass = torch.log_softmax(widened(logits), -1)[:, subset].logsumexp(-1)
         logits = logits if rows is None else logits[rows]
         return HeadScores(selected_log_probs(logits, targets), greedy_match(logits.detach(), targets), mass)
+
+    def _try_own_head(self) -> None:
+        """The architecture's own head on caught hidden states must give its logits.
+
+        Raises:
+            TypeError: if it does not.
+        """
+        want = widened(self.model(**self.probe).logits[0])
+        got = widened(self.logits(self.hidden(**self.probe)[0]))
+        finite = bool(torch.isfinite(want).all())
+        if got.shape != want.shape or (finite and relative_difference(got, want) > _tolerance(want.dtype)):
+            raise TypeError(f"{type(self.inner).__name__} does not say what its head does")
 
     def _find_form(self) -> tuple[float, float | None] | None:
         """Scale and soft-cap with which the linear head gives the model's logits, or None if nothing does."""

@@ -188,9 +188,8 @@ class Tail:
         if rest:
             return any(view.writes(piece + more, inner, token) for more in self._completing(past, text, rest))
         kind = (past, cut, view.kind(token, behind=before))
-        needs_more = self.bare and self.origin + len(spelled) == len(self.data)
         if kind not in self._at_once:
-            self._at_once[kind] = None if needs_more else self._goes_on(past, text, "", len(spelled))
+            self._at_once[kind] = self._goes_on(past, text, "", len(spelled))
         if self._at_once[kind] is not None and (settled or view.writes(piece, inner, token)):
             return True
         if kind not in self._later:

@@ -163,11 +163,13 @@ class Executor:
         with evaluating(self._trunk.model):
             if all(long) or not any(long):
                 return self._shared(self._trunk, windows, subset, advance)
+            total = sum(w.scored_to - w.scored_from + len(w.probes) + len(w.branches) for w in windows)
+            both = None if advance is None else lambda count, _: advance(count, total)
             # Frequencies depend on the length of the whole row: a short row is no beginning of a long one.
             sides = {
                 side: iter(
                     self._shared(
-                        self._trunk, [w for w, s in zip(windows, long, strict=True) if s is side], subset, advance
+                        self._trunk, [w for w, s in zip(windows, long, strict=True) if s is side], subset, both
                     )
                 )
                 for side in (False, True)
