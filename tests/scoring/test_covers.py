@@ -163,7 +163,7 @@ WORDS = [
     "HEL",
     " h",
 ]
-WORDS += ["x'r", "we'v", "?! ", "a\t ", "é", "a漢", "l\n\n", "1" * 17]
+WORDS += ["x'r", "we'v", "?! ", "a\t ", "é", "a漢", "l\n\n", "12" * 9]
 CUT = ["é".encode()[:1], "x漢".encode()[:3], "漢".encode()[:1], b"\xe2\x80", b"a\xe2", b"\xf0\x9f"]
 
 
