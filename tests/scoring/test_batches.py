@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from loglik.scoring import batches
 from loglik.scoring.batches import make_batches
 from loglik.scoring.forest import Forest
+from strategies import nested_texts
 
 TOKENS = st.integers(1, 3)
 
@@ -18,15 +19,6 @@ def _short_beginnings_are_worth_it():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batches, "MIN_SHARED", 2)
         yield
-
-
-@st.composite
-def forests(draw):
-    texts = draw(st.lists(st.lists(TOKENS, max_size=18), min_size=1, max_size=4))
-    for _ in range(draw(st.integers(0, 12))):
-        old = draw(st.sampled_from(texts))
-        texts.append(old[: draw(st.integers(0, len(old)))] + draw(st.lists(TOKENS, max_size=7)))
-    return texts
 
 
 def contexts(plan):
@@ -75,7 +67,12 @@ def maximal(texts):
     return {t for t in map(tuple, texts) if t and not any(tuple(u[: len(t)]) == t and tuple(u) != t for u in texts)}
 
 
-@given(forests(), st.integers(1, 40), st.integers(0, 60), st.randoms(use_true_random=False))
+@given(
+    nested_texts(TOKENS, longest=18, times=12, more=7),
+    st.integers(1, 40),
+    st.integers(0, 60),
+    st.randoms(use_true_random=False),
+)
 @settings(max_examples=300, deadline=None, derandomize=True)
 def test_every_token_behind_its_own_context_with_caches(texts, batch_tokens, cache_tokens, rng):
     plan = make_batches(Forest(texts), batch_tokens=batch_tokens, cache_tokens=cache_tokens)
@@ -91,7 +88,7 @@ def test_every_token_behind_its_own_context_with_caches(texts, batch_tokens, cac
         alive -= sum(plan.forest.nodes[node].end for node in batch.frees)
 
 
-@given(forests(), st.integers(1, 60), st.lists(st.integers(1, 20), max_size=2))
+@given(nested_texts(TOKENS, longest=18, times=12, more=7), st.integers(1, 60), st.lists(st.integers(1, 20), max_size=2))
 @settings(max_examples=300, deadline=None, derandomize=True)
 def test_whole_rows_without_caches(texts, batch_tokens, limits):
     """Every sequence once, longest first, and no batch on both sides of a limit."""

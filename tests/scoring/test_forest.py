@@ -6,20 +6,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from loglik.scoring.forest import Forest
+from strategies import nested_texts
 
 # Few tokens, so that beginnings are shared; 1 and 256 differ in another byte than 1 and 2.
 TOKENS = st.sampled_from([1, 2, 256, 2**31])
 TEXTS = st.lists(st.lists(TOKENS, max_size=9), min_size=1, max_size=14)
-
-
-@st.composite
-def nested(draw):
-    """Texts that continue beginnings of one another."""
-    texts = draw(st.lists(st.lists(TOKENS, max_size=6), min_size=1, max_size=4))
-    for _ in range(draw(st.integers(0, 10))):
-        old = draw(st.sampled_from(texts))
-        texts.append(old[: draw(st.integers(0, len(old)))] + draw(st.lists(TOKENS, max_size=4)))
-    return texts
 
 
 def check(texts):
@@ -79,7 +70,7 @@ def test_any_texts(texts):
     check(texts)
 
 
-@given(nested())
+@given(nested_texts(TOKENS, longest=6, times=10, more=4))
 @settings(max_examples=300, deadline=None, derandomize=True)
 def test_nested_texts(texts):
     check(texts)

@@ -8,18 +8,9 @@ from hypothesis import strategies as st
 
 from loglik.scoring.forest import Forest
 from loglik.scoring.plan import make_plan
+from strategies import nested_texts
 
 TOKENS = st.integers(0, 2)
-
-
-@st.composite
-def forests(draw):
-    """Texts that continue beginnings of one another, some of them long."""
-    texts = draw(st.lists(st.lists(TOKENS, max_size=18), min_size=1, max_size=4))
-    for _ in range(draw(st.integers(0, 12))):
-        old = draw(st.sampled_from(texts))
-        texts.append(old[: draw(st.integers(0, len(old)))] + draw(st.lists(TOKENS, max_size=7)))
-    return texts
 
 
 def contexts(plan):
@@ -63,7 +54,12 @@ def check(texts, plan, spans):
     return seen
 
 
-@given(forests(), st.integers(1, 30), st.none() | st.integers(1, 30), st.randoms(use_true_random=False))
+@given(
+    nested_texts(TOKENS, longest=18, times=12, more=7),
+    st.integers(1, 30),
+    st.none() | st.integers(1, 30),
+    st.randoms(use_true_random=False),
+)
 @settings(max_examples=300, deadline=None, derandomize=True)
 def test_every_token_once_behind_its_own_context(texts, pack_tokens, under_prefix, rng):
     plan = make_plan(Forest(texts), pack_tokens=pack_tokens, under_prefix=under_prefix)
@@ -81,7 +77,7 @@ def test_every_token_once_behind_its_own_context(texts, pack_tokens, under_prefi
     assert plan.live_tokens == max((pack.prefix + pack.size for pack in plan.packs), default=0)
 
 
-@given(forests(), st.integers(1, 30), st.integers(0, 20))
+@given(nested_texts(TOKENS, longest=18, times=12, more=7), st.integers(1, 30), st.integers(0, 20))
 @settings(max_examples=300, deadline=None, derandomize=True)
 def test_a_small_cache_is_honoured(texts, pack_tokens, cache_tokens):
     """No path grows longer than the cache; what would need one runs by itself, and some tokens twice."""

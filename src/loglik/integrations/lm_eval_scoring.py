@@ -9,7 +9,8 @@ from typing import Any
 
 from loglik.errors import RowError
 from loglik.progress import bar
-from loglik.scoring.execute import Executor, WindowScores
+from loglik.scoring.answers import WindowScores, check_log_probs
+from loglik.scoring.execute import Executor
 from loglik.scoring.windows import Window
 
 __all__ = [
@@ -71,8 +72,7 @@ def exact_sum(terms: Sequence[float]) -> float:
     Raises:
         RowError: if a term is no number.
     """
-    if any(math.isnan(term) or term == math.inf for term in terms):
-        raise RowError("the model returned logits that are not finite (NaN): check its weights and dtype")
+    check_log_probs(terms)
     return math.fsum(terms)
 
 

@@ -48,12 +48,7 @@ class CausalLM:
     @cached_property
     def trunk(self) -> Trunk | None:
         """The model without its head, and the head by itself; None for a network that cannot be taken apart."""
-        vocabulary = self.model.config.get_text_config().vocab_size
-        probe = torch.arange(3, 3 + min(6, self.max_length or 6), device=self.device)[None] % vocabulary
-        try:
-            return Trunk(self.model, {"input_ids": probe})
-        except (TypeError, NotImplementedError):  # the latter where weights are elsewhere while nothing runs
-            return None
+        return Trunk.find(self.model, "input_ids", longest=self.max_length)
 
     def forward_path(self, wanted: ForwardPath | None = None) -> PathReport:
         """The fastest way through this network that gives its own numbers, found by trying (once).

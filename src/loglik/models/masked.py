@@ -14,8 +14,8 @@ from loglik.likelihood import LogLikelihood
 from loglik.models.batch import TokenBatch
 from loglik.models.causal import context_length
 from loglik.models.encode import Layout
-from loglik.models.tokens import greedy_match, labelled, selected_log_probs
-from loglik.models.trunk import Trunk
+from loglik.models.tokens import labelled
+from loglik.models.trunk import Trunk, token_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,11 +69,7 @@ class MaskedLM:
     @cached_property
     def trunk(self) -> Trunk | None:
         """The model without its head, and the head by itself; None for a network that cannot be taken apart."""
-        probe = torch.arange(3, 9, device=self.device)[None] % self.model.config.get_text_config().vocab_size
-        try:
-            return Trunk(self.model, {"input_ids": probe})
-        except TypeError:
-            return None
+        return Trunk.find(self.model, "input_ids")
 
     @property
     def device(self) -> torch.device:
@@ -111,12 +107,8 @@ class MaskedLM:
             inputs = {"input_ids": masked[:, :width], "attention_mask": real[:, :width].long()}
             at = (torch.arange(len(row), device=self.device), column)
             targets = packed.ids[row, column]
-            if self.trunk is None:
-                logits = self.model(**inputs).logits[at]
-                chosen, first = selected_log_probs(logits, targets), greedy_match(logits.detach(), targets)
-            else:
-                # Only the state under the mask reaches the head.
-                chosen, first, _ = self.trunk.log_probs(self.trunk.hidden(**inputs)[at], targets)
+            # Only the state under the mask reaches the head.
+            chosen, first = token_scores(self.trunk, self.model, inputs, at, targets)
             terms = terms.to(chosen.dtype).index_put((row, column), chosen)
             greedy[row, column] = first
         return labelled(x, packed, origin, terms, greedy, kind=self.kind)

@@ -14,8 +14,8 @@ from loglik.likelihood import LogLikelihood
 from loglik.models.batch import TokenBatch
 from loglik.models.encode import Layout
 from loglik.models.sampling import ancestral_samples
-from loglik.models.tokens import greedy_match, labelled, selected_log_probs, widened
-from loglik.models.trunk import Trunk
+from loglik.models.tokens import labelled, widened
+from loglik.models.trunk import Trunk, token_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,11 +56,7 @@ class Seq2SeqLM:
     @cached_property
     def trunk(self) -> Trunk | None:
         """The model without its head, and the head by itself; None for a network that cannot be taken apart."""
-        probe = torch.arange(3, 9, device=self.device)[None] % self.model.config.get_text_config().vocab_size
-        try:
-            return Trunk(self.model, {"input_ids": probe, "decoder_input_ids": probe})
-        except TypeError:
-            return None
+        return Trunk.find(self.model, "input_ids", "decoder_input_ids")
 
     @property
     def device(self) -> torch.device:
@@ -90,12 +86,7 @@ class Seq2SeqLM:
             raise ValueError("a source token is to be scored; an encoder-decoder scores only what follows `starts`")
         picked = packed.scored_mask.gather(1, column) & target.attention_mask
         targets = target.ids[picked]
-        if self.trunk is None:
-            logits = self.model(**self._inputs(source, target)).logits[picked]
-            chosen, first = selected_log_probs(logits, targets), greedy_match(logits.detach(), targets)
-        else:
-            hidden = self.trunk.hidden(**self._inputs(source, target))[picked]
-            chosen, first, _ = self.trunk.log_probs(hidden, targets)
+        chosen, first = token_scores(self.trunk, self.model, self._inputs(source, target), picked, targets)
         terms = torch.zeros(packed.ids.shape, dtype=chosen.dtype, device=self.device)
         # Row-major order of `picked` is that of the scored tokens in `packed`: targets keep their order.
         terms = terms.masked_scatter(packed.scored_mask, chosen)

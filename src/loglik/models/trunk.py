@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from loglik.models.head import HeadScores, LinearHead, token_log_probs
 from loglik.models.tokens import greedy_match, selected_log_probs, widened
 
-__all__ = ["Trunk", "evaluating", "relative_difference"]
+__all__ = ["Trunk", "evaluating", "relative_difference", "token_scores"]
 
 
 @dataclass(slots=True)
@@ -45,6 +45,18 @@ class Trunk:
             self._form = self._find_form()
             if self._form is None:
                 self._try_own_head()
+
+    @classmethod
+    def find(cls, model: Any, *names: str, longest: int | None = None) -> Trunk | None:
+        """The trunk of a model whose inputs have these names; None for a network that cannot be taken apart."""
+        device = next(model.parameters()).device
+        probe = (
+            torch.arange(3, 3 + min(6, longest or 6), device=device)[None] % model.config.get_text_config().vocab_size
+        )
+        try:
+            return cls(model, dict.fromkeys(names, probe))
+        except (TypeError, NotImplementedError):  # the latter where weights are elsewhere while nothing runs
+            return None
 
     @property
     def inner(self) -> Any:
@@ -125,6 +137,25 @@ class Trunk:
             if got.shape == want.shape and relative_difference(got, want) < _tolerance(hidden.dtype):
                 return form
         return None
+
+
+def token_scores(
+    trunk: Trunk | None, model: Any, inputs: Mapping[str, Any], at: Any, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (N,) and greedy match (N,) of targets at positions of a forward pass, by the leanest way.
+
+    Args:
+        trunk: of the model; None computes all of its logits.
+        model: the network.
+        inputs: of the forward pass.
+        at: index into (B, T) that picks the N positions.
+        targets: (N,) token ids.
+    """
+    if trunk is None:
+        logits = model(**inputs).logits[at]
+        return selected_log_probs(logits, targets), greedy_match(logits.detach(), targets)
+    scores = trunk.log_probs(trunk.hidden(**inputs)[at], targets)
+    return scores.log_probs, scores.greedy
 
 
 def relative_difference(got: Tensor, want: Tensor) -> float:

@@ -256,26 +256,18 @@ class CoverPlan:
     num_bytes: int
 
     @cached_property
-    def numerator(self) -> list[Window]:
-        """One window per cover of prompt and completion; none if all of them is shared."""
-        return self._windows(self.upper)
-
-    @cached_property
-    def denominator(self) -> list[Window]:
-        """One window per cover of the prompt; none for M = 1, or if all of them is shared."""
-        return self._windows(self.lower)
-
-    def _windows(self, fans: Sequence[Fan]) -> list[Window]:
+    def windows(self) -> list[Window]:
+        """One window per fan, `upper` before `lower`; the fan's last tokens are its branches."""
         first = len(self.prefix) + self.shared
         out = []
-        for fan in fans:
-            for token in fan.tokens:
-                ids = [*self.prefix, *fan.path, token]
-                out.append(Window(ids, first, first, len(ids), [-1] * len(ids), self.shared, 0))
+        for fan in (*self.upper, *self.lower):
+            ids = [*self.prefix, *fan.path]
+            rest = ([-1] * len(ids), self.shared, 0, (), tuple(fan.tokens))
+            out.append(Window(ids, first, first, len(ids), *rest))
         return out
 
     def combine(self, numerator: Sequence[Sequence[float]], denominator: Sequence[Sequence[float]]) -> float:
-        """Log p(completion | prompt), from the nats of the scored tokens of each window of both sides.
+        """Log p(completion | prompt), from the nats of the scored tokens of each cover of both sides.
 
         Raises:
             RowError: if the prompt has probability 0.
@@ -287,7 +279,7 @@ class CoverPlan:
 
 
 def _log_sum(scores: Sequence[Sequence[float]]) -> float:
-    """Log of the sum of exp of the windows' sums, in float64; 0 for no windows: all of them has cancelled."""
+    """Log of the sum of exp of the covers' sums, in float64; 0 for no covers: all of them has cancelled."""
     return float(np.logaddexp.reduce([np.sum(s, dtype=np.float64) for s in scores])) if scores else 0.0
 
 

@@ -15,7 +15,7 @@ from loglik.models.protocol import TextModel
 from loglik.scoring.budget import Budget
 from loglik.scoring.covers import CoverEncoder, Tokenisations, kind_of
 from loglik.scoring.execute import EnginePath, Executor
-from loglik.scoring.pending import ByteScores, TokenScores, cover_windows, with_probes
+from loglik.scoring.pending import ByteScores, TokenScores, with_probes
 from loglik.scoring.rows import InputRow, ScoredRow
 from loglik.scoring.windows import OverflowPolicy, Window, check_stride, too_long, windows
 from loglik.scoring.words import WordVocabulary
@@ -181,12 +181,11 @@ class Scorer:
     def _bytes(self, prompt: str, completion: str) -> ByteScores:
         assert self.covers is not None
         plan = self.covers.plan(prompt, completion)
-        cut = cover_windows(plan)
-        longest, limit = max((len(window.inputs) for window in cut), default=0), self.model.max_length
+        longest, limit = max((len(window.inputs) for window in plan.windows), default=0), self.model.max_length
         if limit is not None and longest > limit:
             raise too_long(f"has {longest} tokens and the model's context is {limit}", self.options.overflow, "")
         kind = kind_of(self.model.kind, self.options.tokenisations, prompt=bool(prompt))
-        return ByteScores(plan, kind, cut)
+        return ByteScores(plan, kind)
 
     def _row(self, name: str, scores: TokenScores | ByteScores, *, per_token: bool) -> ScoredRow:
         log_prob = scores.log_prob

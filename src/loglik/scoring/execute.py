@@ -10,12 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from loglik.errors import InputError
@@ -25,43 +23,19 @@ from loglik.models.paths import PathReport, cached_hidden, scaled_rope_start
 from loglik.models.protocol import TextModel
 from loglik.models.tree_attention import KeyValuePath, TreeRow, tree_hidden
 from loglik.models.trunk import Trunk, evaluating
+from loglik.scoring.answers import Answers, Demand, WindowScores, joined
 from loglik.scoring.batches import Batch, BatchPlan, make_batches
 from loglik.scoring.budget import Budget
 from loglik.scoring.forest import Forest
 from loglik.scoring.plan import Pack, Plan, make_plan
 from loglik.scoring.windows import Window
 
-__all__ = ["EnginePath", "Executor", "WindowScores"]
+__all__ = ["EnginePath", "Executor"]
 
 EnginePath = Literal["auto", "packed", "cached", "padded"]
 
 # Hidden states wait for the head until there are this many: reading a large head for a few rows is slow.
 HEAD_ROWS = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class WindowScores:
-    """Numbers of one window.
-
-    Args:
-        terms: nats of tokens `scored_from` to `scored_to`.
-        greedy: whether each of them is the model's first choice.
-        masses: log-mass of the subset after each of the window's probes.
-        branches: nats of each of the window's branches.
-    """
-
-    terms: list[float]
-    greedy: list[bool]
-    masses: list[float]
-    branches: list[float]
-
-
-class _Demand(NamedTuple):
-    """Columns of a pass that are read: `flat` are the answers' places, `target` -1 asks for a mass."""
-
-    column: NDArray[np.int64]
-    flat: NDArray[np.int64]
-    target: NDArray[np.int64]
 
 
 class _Runner(Protocol):
@@ -184,7 +158,7 @@ class Executor:
         advance: Callable[[int, int], None] | None,
     ) -> list[WindowScores]:
         """Windows of a causal model, whose equal beginnings are computed once."""
-        answers = _Answers(windows)
+        answers = Answers(windows)
         plan = self.plan(windows)
         demands = answers.demands(plan)
         runner: _Runner = _PackRunner(trunk, plan) if isinstance(plan, Plan) else _BatchRunner(trunk, plan)
@@ -224,73 +198,11 @@ class Executor:
         return [results[i] for i in range(len(windows))]
 
 
-class _Answers:
-    """A place for every number that is asked for, each filled exactly once."""
-
-    def __init__(self, windows: Sequence[Window]) -> None:
-        self.windows = windows
-        counts = np.array([w.scored_to - w.scored_from for w in windows], dtype=np.int64)
-        probes = np.array([len(w.probes) for w in windows], dtype=np.int64)
-        self.terms_at = np.concatenate([[0], np.cumsum(counts)])
-        branches = np.array([len(w.branches) for w in windows], dtype=np.int64)
-        # Masses stand behind all terms, branches behind all masses.
-        self.masses_at = self.terms_at[-1] + np.concatenate([[0], np.cumsum(probes)])
-        self.branches_at = self.masses_at[-1] + np.concatenate([[0], np.cumsum(branches)])
-        self.values = np.full(self.branches_at[-1], np.nan)
-        self.greedy = np.zeros(self.branches_at[-1], dtype=bool)
-        self.filled = np.zeros(self.branches_at[-1], dtype=np.int64)
-
-    def demands(self, plan: Plan | BatchPlan) -> dict[int, _Demand]:
-        """What is read from each pass."""
-        parts: dict[int, list[_Demand]] = {}
-        for i, window in enumerate(self.windows):
-            if window.scored_from < 1 and (window.scored_to > window.scored_from or not window.ids):
-                raise ValueError(f"row {i}: the first token cannot be scored, nothing stands before it; prepend BOS")
-            scored = (window.scored_from - 1, window.scored_to - 1) if window.scored_to > window.scored_from else (0, 0)
-            for number, column, first, count in plan.columns(i, *scored):
-                flat = self.terms_at[i] + first + 1 - window.scored_from
-                target = np.asarray(window.ids[first + 1 : first + 1 + count], dtype=np.int64)
-                steps = np.arange(count)
-                parts.setdefault(number, []).append(_Demand(column + steps, flat + steps, target))
-            for j, probe in enumerate(window.probes):
-                for number, column, _, _ in plan.columns(i, probe, probe + 1):
-                    flat = self.masses_at[i] + j
-                    parts.setdefault(number, []).append(_Demand(*(np.array([v]) for v in (column, flat, -1))))
-            if window.branches:
-                count = len(window.branches)
-                for number, column, _, _ in plan.columns(i, len(window.ids) - 1, len(window.ids)):
-                    flat = self.branches_at[i] + np.arange(count)
-                    target = np.asarray(window.branches, dtype=np.int64)
-                    parts.setdefault(number, []).append(_Demand(np.full(count, column), flat, target))
-        return {number: _joined(found) for number, found in parts.items()}
-
-    def fill(self, flat: NDArray[np.int64], values: Tensor, greedy: Tensor | None) -> None:
-        """Put numbers where they belong."""
-        self.values[flat] = values.double().cpu().numpy()
-        if greedy is not None:
-            self.greedy[flat] = greedy.cpu().numpy()
-        np.add.at(self.filled, flat, 1)
-
-    def collect(self) -> list[WindowScores]:
-        """Numbers by window."""
-        if not bool((self.filled == 1).all()):
-            wrong = int((self.filled != 1).sum())
-            raise AssertionError(f"{wrong} of {len(self.filled)} answers were not computed exactly once")
-        out = []
-        for i in range(len(self.windows)):
-            terms, masses, branches = (
-                slice(int(at[i]), int(at[i + 1])) for at in (self.terms_at, self.masses_at, self.branches_at)
-            )
-            values = (self.values[part].tolist() for part in (masses, branches))
-            out.append(WindowScores(self.values[terms].tolist(), self.greedy[terms].tolist(), *values))
-        return out
-
-
 class _Head:
     """Collects the hidden states that are read and sends them through the LM head in large blocks."""
 
     def __init__(
-        self, trunk: Trunk, answers: _Answers, subset: Tensor | None, advance: Callable[[int, int], None] | None
+        self, trunk: Trunk, answers: Answers, subset: Tensor | None, advance: Callable[[int, int], None] | None
     ) -> None:
         self.trunk = trunk
         self.answers = answers
@@ -298,13 +210,13 @@ class _Head:
         self.advance = advance
         self._hidden: list[Tensor] = []
         self._rows = 0
-        self._demands: list[_Demand] = []
+        self._demands: list[Demand] = []
 
-    def add(self, hidden: Tensor, demand: _Demand) -> None:
+    def add(self, hidden: Tensor, demand: Demand) -> None:
         """Keep what is read of a pass; equal columns are kept, and sent through the head, once."""
         columns, row = np.unique(demand.column, return_inverse=True)
         self._hidden.append(hidden[torch.from_numpy(columns).to(hidden.device)])
-        self._demands.append(_Demand(row + self._rows, demand.flat, demand.target))
+        self._demands.append(Demand(row + self._rows, demand.flat, demand.target))
         self._rows += len(columns)
         if self._rows >= HEAD_ROWS:
             self.flush()
@@ -313,7 +225,7 @@ class _Head:
         """Compute what has been collected."""
         if not self._hidden:
             return
-        hidden, demand = torch.cat(self._hidden), _joined(self._demands)
+        hidden, demand = torch.cat(self._hidden), joined(self._demands)
         self._hidden, self._demands, self._rows = [], [], 0
         is_term = demand.target >= 0
         order = np.argsort(demand.column[is_term], kind="stable")
@@ -381,10 +293,6 @@ class _BatchRunner:
         for node in part.frees:
             del self.caches[node]
         return hidden.flatten(0, 1)
-
-
-def _joined(parts: Sequence[_Demand]) -> _Demand:
-    return _Demand(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 def _length_batches(windows: Sequence[Window], budget: int) -> Iterator[list[int]]:

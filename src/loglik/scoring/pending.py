@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-import numpy as np
-
-from loglik.errors import RowError
 from loglik.kinds import Kind
 from loglik.models.encode import EncodedText
+from loglik.scoring.answers import WindowScores, check_log_probs
 from loglik.scoring.covers import CoverPlan
-from loglik.scoring.execute import WindowScores
 from loglik.scoring.windows import Window
 from loglik.scoring.words import WordScore, WordVocabulary, probes_for, word_scores
 
-__all__ = ["ByteScores", "TokenScores", "cover_windows", "with_probes"]
+__all__ = ["ByteScores", "TokenScores", "with_probes"]
 
 
 @dataclass(slots=True)
@@ -84,9 +81,9 @@ class TokenScores:
             self.is_greedy = self.is_greedy and all(own.greedy)
             self.num_windowed += window.num_shortened
             masses += own.masses
-        _check(self.terms)
+        check_log_probs(self.terms)
         if self.vocabulary is not None:
-            _check(masses)
+            check_log_probs(masses)
             self.words = word_scores(self.text, self.vocabulary, self.terms, masses)
 
 
@@ -97,14 +94,17 @@ class ByteScores:
     Args:
         plan: the covers.
         kind: what the value promises.
-        windows: the forward passes it needs, numerator first.
         log_prob: nats.
     """
 
     plan: CoverPlan
     kind: Kind
-    windows: list[Window]
     log_prob: float = math.nan
+
+    @property
+    def windows(self) -> list[Window]:
+        """The forward passes it needs."""
+        return self.plan.windows
 
     @property
     def num_bytes(self) -> int:
@@ -118,12 +118,12 @@ class ByteScores:
             RowError: if a number is not a log-probability, or the prompt has probability 0.
         """
         for own in scores:
-            _check([*own.terms, *own.branches])
+            check_log_probs([*own.terms, *own.branches])
         cut = len(self.plan.upper)
-        below = _log_mass(scores[cut:])
-        if below == -math.inf:
-            raise RowError("the model gives the prompt probability 0, so nothing can be conditioned on it")
-        self.log_prob = _log_mass(scores[:cut]) - below
+        upper, lower = (
+            [[*own.terms, last] for own in side for last in own.branches] for side in (scores[:cut], scores[cut:])
+        )
+        self.log_prob = self.plan.combine(upper, lower)
 
 
 def with_probes(text: EncodedText, windows: Sequence[Window], vocabulary: WordVocabulary) -> list[Window]:
@@ -139,39 +139,5 @@ def with_probes(text: EncodedText, windows: Sequence[Window], vocabulary: WordVo
         end = begin + count if window is not windows[-1] else len(text.content) + 1
         own = [i for i in probes if begin <= i + 1 < end]
         at = tuple(window.scored_from + i - begin for i in own)
-        out.append(
-            Window(
-                window.ids,
-                window.start,
-                window.scored_from,
-                window.scored_to,
-                window.words,
-                window.content_from,
-                window.num_shortened,
-                at,
-            )
-        )
+        out.append(replace(window, probes=at))
     return out
-
-
-def cover_windows(plan: CoverPlan) -> list[Window]:
-    """One window per fan of covers, those of prompt and completion first; the fan's last tokens are its branches."""
-    out = []
-    first = len(plan.prefix) + plan.shared
-    for fan in (*plan.upper, *plan.lower):
-        ids = [*plan.prefix, *fan.path]
-        out.append(Window(ids, first, first, len(ids), [-1] * len(ids), plan.shared, 0, (), tuple(fan.tokens)))
-    return out
-
-
-def _log_mass(scores: Sequence[WindowScores]) -> float:
-    """Log of the sum over all covers; 0 for none: they have all cancelled."""
-    if not scores:
-        return 0.0
-    return float(np.logaddexp.reduce([math.fsum(own.terms) + last for own in scores for last in own.branches]))
-
-
-def _check(values: Sequence[float]) -> None:
-    """-inf is a legal log 0; NaN and +inf are not numbers of a model that works."""
-    if any(math.isnan(value) or value == math.inf for value in values):
-        raise RowError("the model returned logits that are not finite (NaN): check its weights and dtype")

@@ -22,6 +22,7 @@ from loglik.models.paths import _tolerance, cached_hidden
 from loglik.models.protocol import TextModel
 from loglik.models.token_stream import TokenPiece, read_chunks, token_stream
 from loglik.models.trunk import Trunk, evaluating, relative_difference
+from loglik.scoring.answers import check_log_probs
 from loglik.scoring.budget import Budget
 from loglik.scoring.engine import ScoreOptions
 from loglik.scoring.execute import EnginePath, Executor
@@ -209,8 +210,7 @@ class _Tally:
 
     def add(self, ids: list[int], nats: list[float], num_shortened: int) -> None:
         """Numbers of the next tokens."""
-        if any(math.isnan(value) or value == math.inf for value in nats):
-            raise RowError("the model returned logits that are not finite (NaN): check its weights and dtype")
+        check_log_probs(nats)
         self._tokens += len(nats)
         self._windowed += num_shortened
         self._windows += 1
