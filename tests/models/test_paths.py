@@ -50,6 +50,22 @@ def test_the_path_of_every_architecture(name):
         assert f"not {key}: {report.refused[key]}" in report.describe()
     assert report.describe().startswith(path)
     assert report.difference < 1e-5
+    assert report.narrows == (path == "packed")
+
+
+def test_a_last_layer_that_must_see_all_tokens_does():
+    """A layer that adds something of its own where it is given four tokens: packed, each whole."""
+    model = build(EVERY["llama"], VOCABULARY, gain=10.0)
+    assert find_path(trunk_of(model)).narrows
+    last = model.model.layers[-1]
+    own = last.forward
+    last.forward = lambda hidden, **kwargs: own(hidden, **kwargs) + (hidden.shape[1] == 4)
+    report = find_path(trunk_of(model))
+    assert (report.path, report.narrows) == ("packed", False)
+    model = build(EVERY["llama"], VOCABULARY, gain=10.0)
+    model.model.more = torch.nn.ModuleList(model.model.layers)  # which of two stacks is the model's?
+    report = find_path(trunk_of(model))
+    assert (report.path, report.narrows) == ("packed", False)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mistral", "llama"])

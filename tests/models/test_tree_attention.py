@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from loglik.models import tree_attention as tree_attention_module
 from loglik.models.tree_attention import IMPLEMENTATION, KeyValuePath, TreeRow, tree_attention, tree_hidden
 from loglik.models.trunk import Trunk
 from loglik.scoring.forest import Forest
@@ -51,8 +52,8 @@ def tree_of_texts(seed: int, count: int = 9, longest: int = 14) -> list[list[int
     return [text[:45] for text in texts]
 
 
-def run(trunk, plan):
-    """Hidden states of every pack, in order, through one path of keys and values."""
+def run(trunk, plan, read=None):
+    """Hidden states of every pack, in order, through one path of keys and values; `read` gives the columns read."""
     path, out = KeyValuePath(), []
     for pack in plan.packs:
         assert path.length >= pack.prefix
@@ -63,6 +64,7 @@ def run(trunk, plan):
             pack.prefix,
             path if pack.prefix or pack.keep else None,
             pack.keep,
+            None if read is None else torch.tensor(read(pack), dtype=torch.long),
         )
         out.append(tree_hidden(trunk, torch.from_numpy(pack.tokens(plan.forest)), row))
         path.length = pack.prefix + pack.keep
@@ -95,6 +97,84 @@ def test_random_trees_equal_plain_passes(name, implementation):
         assert max(map(len, texts)) > 16
         plan = assert_like_plain(name, model, texts, **budget)
         assert plan.computed == plan.forest.distinct
+
+
+def some_columns(seed: int):
+    rng = random.Random(seed)
+    return lambda pack: sorted(rng.sample(range(pack.size), rng.choice([0, 1, pack.size // 2, pack.size])))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_last_layer_only_where_it_is_read(name, implementation):
+    """Columns that are read are those of plain passes, whatever else is left out; the rest are no numbers."""
+    if name == "gemma2" and implementation == "sdpa":
+        pytest.skip("PyTorch's own attention has no soft-cap: covered by eager")
+    trunk = trunk_of(network(name, implementation))
+    bound = tolerance(name, implementation)
+    kinds = set()
+    for seed, budget in enumerate(({"pack_tokens": 1000}, {"pack_tokens": 20}, {"pack_tokens": 9, "under_prefix": 7})):
+        texts = tree_of_texts(seed + 10)
+        plan = make_plan(Forest(texts), **budget)
+        found = run(trunk, plan, some_columns(seed))
+        columns = [some for _, some in zip(plan.packs, map(some_columns(seed), plan.packs), strict=True)]
+        for pack, states, own in zip(plan.packs, found, columns, strict=True):
+            unread = sorted(set(range(pack.size)) - set(own or [0]))
+            assert states[own].isfinite().all()
+            assert states[unread].isnan().all()
+            kinds.add((len(own) == 0, len(own) == pack.size, pack.keep > 0, pack.prefix > 0))
+        for i, text in enumerate(texts):
+            want = trunk.hidden(input_ids=torch.tensor([text]), use_cache=False)[0]
+            for number, column, first, count in plan.columns(i, 0, len(text)):
+                for k in range(count):
+                    if column + k in columns[number]:
+                        torch.testing.assert_close(found[number][column + k], want[first + k], atol=bound, rtol=bound)
+    assert len(kinds) > 5
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "gemma3"])
+@pytest.mark.parametrize("reads", [False, True])
+def test_long_groups_attend_in_blocks(name, reads, monkeypatch):
+    """As on a CPU with groups of many hundred tokens, here with blocks of three queries."""
+    monkeypatch.setattr(tree_attention_module, "_CPU_QUERIES", 3)
+    model = network(name, "eager" if name == "gemma3" else "sdpa")
+    for seed, budget in enumerate(({"pack_tokens": 1000}, {"pack_tokens": 20})):
+        texts = tree_of_texts(seed + 20)
+        if not reads:
+            assert_like_plain(name, model, texts, **budget)
+            continue
+        plan = make_plan(Forest(texts), **budget)
+        with torch.no_grad():
+            all_of_it, some = run(trunk_of(model), plan), run(trunk_of(model), plan, lambda pack: range(1, pack.size))
+        for one, other in zip(all_of_it, some, strict=True):
+            torch.testing.assert_close(one[1:], other[1:], atol=tolerance(name), rtol=tolerance(name))
+
+
+def test_gradients_through_a_last_layer_that_is_read_in_part():
+    """Those of the same sum over the states of all columns."""
+    model = network("llama")
+    trunk, texts = trunk_of(model), tree_of_texts(4, count=5, longest=7)
+    plan = make_plan(Forest(texts), pack_tokens=1000)
+    own = list(range(1, plan.packs[0].size, 3))
+    grads = []
+    for read in (None, lambda _: own):
+        model.zero_grad()
+        run(trunk, plan, read)[0][own].square().sum().backward()
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, atol=1e-6, rtol=1e-6)
+
+
+def test_a_model_whose_last_layer_cannot_be_found():
+    model = network("llama")
+    model.model.more = torch.nn.ModuleList(model.model.layers)  # two stacks of the same length
+    ids = torch.tensor([5, 6, 7])
+    row = row_of(ids)
+    row.read = torch.tensor([2])
+    with pytest.raises(RuntimeError, match="LlamaForCausalLM does not say which layer is its last"):
+        tree_hidden(trunk_of(model), ids, row)
 
 
 def test_one_token_per_pass():

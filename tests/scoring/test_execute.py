@@ -19,7 +19,7 @@ from loglik.models.seq2seq import Seq2SeqLM
 from loglik.scoring import batches, execute
 from loglik.scoring.batches import BatchPlan
 from loglik.scoring.budget import Budget, cache_bytes_per_token
-from loglik.scoring.execute import Executor
+from loglik.scoring.execute import NOTHING, Executor
 from loglik.scoring.plan import Plan
 from loglik.scoring.windows import Window
 from zoo import CAUSAL, IDS, MASKED, MORE_CAUSAL, ROTARY, SEQ2SEQ, build
@@ -267,8 +267,8 @@ def test_rows_that_get_lost_are_never_a_number(path, change, monkeypatch):
     name = "_PackRunner" if path == "packed" else "_BatchRunner"
     run = getattr(execute, name).run
 
-    def broken(self, part):
-        hidden = run(self, part)
+    def broken(self, part, columns):
+        hidden = run(self, part, columns)
         return hidden[:-1] if change == "drop" else torch.cat([hidden, hidden[-1:]])
 
     monkeypatch.setattr(getattr(execute, name), "run", broken)
@@ -298,10 +298,10 @@ def test_a_path_that_is_shorter_than_the_plan_says_stops_the_run():
     assert isinstance(plan, Plan)
     runner = execute._PackRunner(model.trunk, plan)
     with torch.inference_mode(), pytest.raises(AssertionError, match="the path holds 0 tokens, the plan needs 3"):
-        runner.run(plan.packs[1])
+        runner.run(plan.packs[1], NOTHING)
     with torch.inference_mode():
         for pack in plan.packs:
-            runner.run(pack)
+            runner.run(pack, NOTHING)
             assert runner.path.length == pack.prefix + pack.keep
 
 

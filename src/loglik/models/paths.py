@@ -38,11 +38,13 @@ class PathReport:
         path: of the forward passes.
         difference: from plain forward passes on the trial, relative to the largest hidden value.
         refused: reason for each faster path that was not taken.
+        narrows: a packed row's last layer may be computed only where it is read.
     """
 
     path: ForwardPath
     difference: float
     refused: dict[str, str]
+    narrows: bool = False
 
     def describe(self) -> str:
         """One phrase for a summary."""
@@ -98,7 +100,9 @@ def find_path(trunk: Trunk, wanted: ForwardPath | None = None) -> PathReport:
                 except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, IndexError) as error:
                     reason = f"the architecture refuses it ({_first_line(error)})"
             if reason is None:
-                return PathReport("packed" if path == "packed" else "cached", difference, refused)
+                if path == "packed":
+                    return PathReport("packed", difference, refused, _narrows(trunk, expected))
+                return PathReport("cached", difference, refused)
             refused[path] = reason
     if wanted in ("packed", "cached"):
         raise ValueError(f"this model cannot run {wanted} passes: {refused[wanted]}")
@@ -164,50 +168,80 @@ def _ids(trunk: Trunk, ids: list[Any]) -> Tensor:
     return folded
 
 
-def _packed(trunk: Trunk) -> list[Tensor]:
-    """The same through a kept prefix and one packed row; and once more as unrelated groups of one row."""
+_TREE = [*_BRANCHES[0], _BRANCHES[1][2], *_BRANCHES[2]]
+
+
+def _under(trunk: Trunk, read: list[int] | None = None) -> TreeRow:
+    """The branches as one tree behind the prefix, which is computed and kept; `read` columns of both."""
     device = trunk.model.device
-    first, second, third = _BRANCHES
     depth = len(_PREFIX)
     path = KeyValuePath()
     root = TreeRow(torch.arange(depth, device=device), torch.full((depth,), depth, device=device), [(0, depth)])
     root.path, root.keep = path, depth
+    root.read = None if read is None else torch.tensor(read[:0], dtype=torch.long, device=device)
     tree_hidden(trunk, _ids(trunk, _PREFIX), root)
     path.length = depth
-    ids = [*first, second[2], *third]
-    positions = [3, 4, 5, 6, 5, 3, 4, 5, 6, 7]
-    ends = [5, 5, 4, 4, 5, 10, 10, 10, 10, 10]
-    row = TreeRow(torch.tensor(positions, device=device), torch.tensor(ends, device=device), [(0, 10)], depth, path)
-    under = tree_hidden(trunk, _ids(trunk, ids), row)
-    _check_windows(trunk, row)
-    for begin, end, rest in ((4, 5, slice(0, 4)), (5, 10, slice(0, 5)), (0, 5, slice(5, 10))):
-        changed = [token + (begin <= i < end) for i, token in enumerate(ids)]
-        again = tree_hidden(trunk, _ids(trunk, changed), row)
-        if relative_difference(again[rest], under[rest]) > _leak(trunk, under.dtype):
-            raise RuntimeError("tokens see others that are not their ancestors")
+    positions = torch.tensor([3, 4, 5, 6, 5, 3, 4, 5, 6, 7], device=device)
+    ends = torch.tensor([5, 5, 4, 4, 5, 10, 10, 10, 10, 10], device=device)
+    row = TreeRow(positions, ends, [(0, 5), (5, 10)] if read else [(0, 10)], depth, path)
+    row.read = None if read is None else torch.tensor(read, device=device)
+    return row
+
+
+def _apart(trunk: Trunk) -> tuple[TreeRow, list[int]]:
+    """The branches, prefix and all, as unrelated groups of one row; and its token ids."""
+    device = trunk.model.device
     whole = [_PREFIX + branch for branch in _BRANCHES]
     lengths = [len(sequence) for sequence in whole]
     edges = [0, *accumulate(lengths)]
-    groups = list(pairwise(edges))
-    alone = TreeRow(
+    row = TreeRow(
         torch.cat([torch.arange(n, device=device) for n in lengths]),
         torch.cat([torch.full((n,), end, device=device) for n, end in zip(lengths, edges[1:], strict=True)]),
-        groups,
+        list(pairwise(edges)),
     )
-    together = list(chain.from_iterable(whole))
+    return row, list(chain.from_iterable(whole))
+
+
+def _packed(trunk: Trunk) -> list[Tensor]:
+    """The same through a kept prefix and one packed row; and once more as unrelated groups of one row."""
+    row = _under(trunk)
+    under = tree_hidden(trunk, _ids(trunk, _TREE), row)
+    _check_windows(trunk, row)
+    for begin, end, rest in ((4, 5, slice(0, 4)), (5, 10, slice(0, 5)), (0, 5, slice(5, 10))):
+        changed = [token + (begin <= i < end) for i, token in enumerate(_TREE)]
+        again = tree_hidden(trunk, _ids(trunk, changed), row)
+        if relative_difference(again[rest], under[rest]) > _leak(trunk, under.dtype):
+            raise RuntimeError("tokens see others that are not their ancestors")
+    alone, together = _apart(trunk)
+    first = alone.groups[0][1]
     apart = tree_hidden(trunk, _ids(trunk, together), alone)
-    changed = [token + (i < edges[1]) for i, token in enumerate(together)]
+    changed = [token + (i < first) for i, token in enumerate(together)]
     again = tree_hidden(trunk, _ids(trunk, changed), alone)
-    if relative_difference(again[edges[1] :], apart[edges[1] :]) > _leak(trunk, apart.dtype):
+    if relative_difference(again[first:], apart[first:]) > _leak(trunk, apart.dtype):
         raise RuntimeError("tokens see others of the same row")
     tree = [under[:4], under[[0, 1, 4]], under[5:]]
     # The worse of the two ways counts: both are compared by the caller's maximum.
-    split = [apart[begin + depth : end] for begin, end in groups]
+    split = [apart[begin + len(_PREFIX) : end] for begin, end in alone.groups]
     plain = _plain(trunk)
     return [
         a if relative_difference(a, p) >= relative_difference(b, p) else b
         for a, b, p in zip(tree, split, plain, strict=True)
     ]
+
+
+def _narrows(trunk: Trunk, expected: list[Tensor]) -> bool:
+    """Whether the last layer gives the same where it computes only some tokens of a row."""
+    try:
+        under = tree_hidden(trunk, _ids(trunk, _TREE), _under(trunk, [1, 3, 4, 8]))
+        alone, together = _apart(trunk)
+        alone.read = torch.tensor([5, *range(*alone.groups[2])], device=trunk.model.device)
+        apart = tree_hidden(trunk, _ids(trunk, together), alone)
+    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, IndexError):
+        return False
+    got = torch.stack([under[1], under[3], under[4], under[8], apart[5], *apart[alone.groups[2][0] + len(_PREFIX) :]])
+    one, two, three = expected
+    want = torch.stack([one[1], one[3], two[2], three[3], one[2], *three])
+    return relative_difference(got, want) <= _tolerance(want.dtype)
 
 
 def _check_windows(trunk: Trunk, row: TreeRow) -> None:

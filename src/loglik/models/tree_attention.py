@@ -9,7 +9,9 @@ of the model runs on the packed row without padding.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +20,15 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from loglik.models.last_layer import KeysAreKept, find_last_layer, reading
 from loglik.models.trunk import Trunk
 
 __all__ = ["IMPLEMENTATION", "KeyValuePath", "TreeRow", "tree_attention", "tree_hidden"]
 
 IMPLEMENTATION = "loglik_tree"
+
+# A CPU's attention kernel computes what a mask hides: queries go in blocks, each over the keys up to its last one.
+_CPU_QUERIES = 256
 
 
 class KeyValuePath:
@@ -73,6 +79,8 @@ class TreeRow:
         prefix: tokens of `path` that every token of the row sees.
         path: keys and values of the prefix; new ones are written behind them. None: no prefix, nothing is kept.
         keep: the first group's tokens that become part of the path: that group is they, and the others see them.
+        read: (S,) columns, ascending, whose hidden states are wanted; layer `last` computes no others. None: all.
+        last: index of the last layer, where some columns are not read.
         attend: the attention function of the model's own implementation.
         needs_mask: it is not causal of itself.
         windows: what each layer said of its sliding window.
@@ -84,30 +92,39 @@ class TreeRow:
     prefix: int = 0
     path: KeyValuePath | None = None
     keep: int = 0
+    read: Tensor | None = None
+    last: int | None = None
     attend: Callable[..., Any] | None = None
     needs_mask: bool = False
     windows: dict[int, int | None] = field(default_factory=dict)
     _masks: dict[tuple[int, int, int, int | None], Tensor | None] = field(default_factory=dict)
+    _kept: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def expected(self) -> int:
+        """Queries of the next call: all columns, or in the last layer's second round those that are read."""
+        return len(self.positions) if self._kept is None or self.read is None else len(self.read)
 
     def mask(self, begin: int, end: int, seen: int, window: int | None, dtype: torch.dtype) -> Tensor | None:
         """(1, 1, n, seen + n) additive mask of a group behind `seen` tokens; None where it is plain causal."""
         key = (begin, end, seen, window)
         if key not in self._masks:
-            self._masks[key] = self._mask(begin, end, seen, window, dtype)
+            is_chain = bool((self.ends[begin:end] >= end).all())
+            is_causal = is_chain and not seen and not self.needs_mask and (window is None or end - begin <= window)
+            rows = torch.arange(begin, end, device=self.ends.device)
+            self._masks[key] = None if is_causal else self.mask_of(rows, begin, end, seen, window, dtype)
         return self._masks[key]
 
-    def _mask(self, begin: int, end: int, seen: int, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        ends, positions = self.ends[begin:end], self.positions[begin:end]
-        is_chain = bool((ends >= end).all())
-        if is_chain and not seen and not self.needs_mask and (window is None or end - begin <= window):
-            return None
-        columns = torch.arange(begin, end, device=ends.device)
-        visible = (columns[None, :] <= columns[:, None]) & (columns[:, None] < ends[None, :])
-        before = torch.arange(seen, device=ends.device)
-        visible = torch.cat([visible.new_ones(end - begin, seen), visible], dim=1)
+    def mask_of(self, rows: Tensor, begin: int, end: int, seen: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """(1, 1, s, seen + n) additive mask of some columns (s,) of a group."""
+        device = rows.device
+        columns = torch.arange(begin, end, device=device)
+        visible = (columns[None, :] <= rows[:, None]) & (rows[:, None] < self.ends[None, begin:end])
+        visible = torch.cat([visible.new_ones(len(rows), seen), visible], dim=1)
         if window is not None:
-            visible &= positions[:, None] - torch.cat([before, positions])[None, :] < window
-        mask = torch.zeros(visible.shape, dtype=dtype, device=ends.device)
+            before = torch.cat([torch.arange(seen, device=device), self.positions[begin:end]])
+            visible &= self.positions[rows, None] - before[None, :] < window
+        mask = torch.zeros(visible.shape, dtype=dtype, device=device)
         return mask.masked_fill_(~visible, torch.finfo(dtype).min)[None, None]
 
 
@@ -127,24 +144,63 @@ def tree_attention(
         RuntimeError: if the model did not hand the row's tree on to its layers.
     """
     tree = loglik_tree
-    if tree is None or tree.attend is None or query.shape[0] != 1 or query.shape[2] != len(tree.positions):
+    if tree is None or tree.attend is None or query.shape[0] != 1 or query.shape[2] != tree.expected:
         raise RuntimeError(f"{type(module).__name__} does not pass the tree of a packed row to its attention")
     if attention_mask is not None:
         raise RuntimeError(f"{type(module).__name__} has a mask of its own, which a tree would lose")
-    window = kwargs.get("sliding_window")
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    tree.windows[layer] = window
+    tree.windows[layer] = kwargs.get("sliding_window")
+    rows: Sequence[int] = range(len(tree.positions))
+    if tree.read is not None and layer == tree.last:
+        if tree._kept is None:
+            tree._kept = (key, value)
+            raise KeysAreKept
+        key, value = tree._kept
+        rows = tree.read.tolist()
     outputs = []
-    seen = tree.prefix
+    seen, last = tree.prefix, 0
     for begin, end in tree.groups:
         keys, values = key[:, :, begin:end], value[:, :, begin:end]
         if tree.path is not None:
             # Behind the path there is room for one group at a time: the next one writes over it.
             keys, values = tree.path.extended(layer, seen, keys, values)
-        mask = tree.mask(begin, end, seen, window, query.dtype)
-        outputs.append(tree.attend(module, query[:, :, begin:end], keys, values, mask, **kwargs)[0])
+        first, last = last, bisect_left(rows, end)
+        if last > first:
+            group = (begin, end, seen)
+            outputs += _attended(tree, module, query[:, :, first:last], keys, values, rows[first:last], group, kwargs)
         seen = tree.prefix + tree.keep
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), None
+
+
+def _attended(
+    tree: TreeRow,
+    module: torch.nn.Module,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: Sequence[int],
+    group: tuple[int, int, int],
+    kwargs: dict[str, Any],
+) -> list[Tensor]:
+    """What columns `rows` of a group (begin, end, tokens seen before it) attend to, (1, s, H, D) each."""
+    begin, end, seen = group
+    window, dtype = kwargs.get("sliding_window"), query.dtype
+    if len(rows) == end - begin:
+        mask = tree.mask(begin, end, seen, window, dtype)
+    else:
+        mask = tree.mask_of(torch.as_tensor(rows, device=query.device), begin, end, seen, window, dtype)
+    assert tree.attend is not None
+    if mask is None or query.device.type != "cpu" or len(rows) <= _CPU_QUERIES:
+        return [tree.attend(module, query, keys, values, mask, **kwargs)[0]]
+    outputs = []
+    for low in range(0, len(rows), _CPU_QUERIES):
+        block = slice(low, low + _CPU_QUERIES)
+        stop = seen + rows[block][-1] + 1 - begin
+        part = mask[:, :, block, :stop]
+        outputs.append(
+            tree.attend(module, query[:, :, block], keys[:, :, :stop], values[:, :, :stop], part, **kwargs)[0]
+        )
+    return outputs
 
 
 AttentionInterface.register(IMPLEMENTATION, tree_attention)
@@ -152,6 +208,8 @@ AttentionInterface.register(IMPLEMENTATION, tree_attention)
 
 def tree_hidden(trunk: Trunk, ids: Tensor, row: TreeRow) -> Tensor:
     """(N, D) last hidden states of a packed row of token ids (N,); differentiable where no path is kept.
+
+    Where `row.read` leaves columns out, their states are NaN (0 while gradients are recorded).
 
     Raises:
         RuntimeError: if the architecture cannot: it takes no positions, or does not reach `tree_attention`.
@@ -164,12 +222,29 @@ def tree_hidden(trunk: Trunk, ids: Tensor, row: TreeRow) -> Tensor:
     row.windows.clear()
     config._attn_implementation = IMPLEMENTATION
     try:
-        hidden = trunk.hidden(input_ids=ids[None], position_ids=row.positions[None], use_cache=False, loglik_tree=row)
+        with _narrowed(trunk, ids, row):
+            hidden = trunk.hidden(
+                input_ids=ids[None], position_ids=row.positions[None], use_cache=False, loglik_tree=row
+            )
     finally:
         config._attn_implementation = own
     if not row.windows or hidden.shape[:2] != (1, len(ids)):
         raise RuntimeError(f"{type(inner).__name__} does not attend through transformers' attention interface")
     return hidden[0]
+
+
+def _narrowed(trunk: Trunk, ids: Tensor, row: TreeRow) -> AbstractContextManager[None]:
+    """The last layer restricted to what is read of a row, if anything is left out."""
+    row.last = row._kept = None
+    if row.read is None or len(row.read) == len(ids):
+        return nullcontext()
+    if len(row.read) == 0:  # keys and values are still wanted; no kernel likes to attend from nowhere
+        row.read = row.positions.new_zeros(1)
+    row.last = int(trunk.inner.config.get_text_config().num_hidden_layers) - 1
+    layer = find_last_layer(trunk.inner, row.last + 1)
+    if layer is None:
+        raise RuntimeError(f"{type(trunk.inner).__name__} does not say which layer is its last")
+    return reading(layer, len(ids), row.read)
 
 
 def _own_function(name: str | None, module: torch.nn.Module) -> Callable[..., Any]:

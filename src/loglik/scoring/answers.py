@@ -117,4 +117,5 @@ class Answers:
 
 
 def joined(parts: Sequence[Demand]) -> Demand:
+    """The same as one, part after part."""
     return Demand(*(np.concatenate(column) for column in zip(*parts, strict=True)))

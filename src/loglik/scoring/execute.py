@@ -14,6 +14,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from loglik.errors import InputError
@@ -37,10 +38,12 @@ EnginePath = Literal["auto", "packed", "cached", "padded"]
 # Hidden states wait for the head until there are this many: reading a large head for a few rows is slow.
 HEAD_ROWS = 1024
 
+NOTHING = np.empty(0, dtype=np.int64)
+
 
 class _Runner(Protocol):
-    def run(self, part: Pack | Batch) -> Tensor:
-        """(size, D) hidden states of one pass."""
+    def run(self, part: Pack | Batch, columns: NDArray[np.int64]) -> Tensor:
+        """(size, D) hidden states of one pass, of which only these columns are read."""
 
 
 class Executor:
@@ -161,11 +164,12 @@ class Executor:
         answers = Answers(windows)
         plan = self.plan(windows)
         demands = answers.demands(plan)
-        runner: _Runner = _PackRunner(trunk, plan) if isinstance(plan, Plan) else _BatchRunner(trunk, plan)
+        narrows = self.report is not None and self.report.narrows
+        runner: _Runner = _PackRunner(trunk, plan, narrows) if isinstance(plan, Plan) else _BatchRunner(trunk, plan)
         head = _Head(trunk, answers, subset, advance)
         parts: Sequence[Pack | Batch] = plan.packs
         for number, part in enumerate(parts):
-            hidden = runner.run(part)
+            hidden = runner.run(part, demands[number].column if number in demands else NOTHING)
             if hidden.shape[0] != part.size:
                 raise AssertionError(f"pass {number} gave {hidden.shape[0]} hidden states, the plan has {part.size}")
             if number in demands:
@@ -247,14 +251,15 @@ class _Head:
 class _PackRunner:
     """Packed rows with tree attention; the path's keys and values stay in one buffer."""
 
-    def __init__(self, trunk: Trunk, plan: Plan) -> None:
+    def __init__(self, trunk: Trunk, plan: Plan, narrows: bool = False) -> None:
         self.trunk = trunk
         self.plan = plan
+        self.narrows = narrows
         self.device = trunk.model.device
         # Room for the longest path at once: growing would need the old and the new buffer side by side.
         self.path = KeyValuePath(max((p.prefix + p.size for p in plan.packs if p.keep or p.prefix), default=0))
 
-    def run(self, part: Pack | Batch) -> Tensor:
+    def run(self, part: Pack | Batch, columns: NDArray[np.int64]) -> Tensor:
         assert isinstance(part, Pack)
         if part.prefix > self.path.length:
             raise AssertionError(f"the path holds {self.path.length} tokens, the plan needs {part.prefix}")
@@ -266,6 +271,7 @@ class _PackRunner:
             part.prefix,
             self.path if part.prefix or part.keep else None,
             part.keep,
+            torch.from_numpy(np.unique(columns)).to(self.device) if self.narrows else None,
         )
         hidden = tree_hidden(self.trunk, torch.from_numpy(part.tokens(forest)).to(self.device), row)
         self.path.length = part.prefix + part.keep
@@ -280,7 +286,7 @@ class _BatchRunner:
         self.plan = plan
         self.caches: dict[int, object] = {}
 
-    def run(self, part: Pack | Batch) -> Tensor:
+    def run(self, part: Pack | Batch, columns: NDArray[np.int64]) -> Tensor:
         assert isinstance(part, Batch)
         ids = torch.from_numpy(part.tokens(self.plan.forest)).to(self.trunk.model.device)
         if part.prefix < 0 and part.keep < 0:
