@@ -153,3 +153,21 @@ def test_nothing_to_compute():
         assert (plan.packs, plan.computed, plan.live_tokens) == ([], 0, 0)
         for i in range(len(texts)):
             assert list(plan.columns(i, 0, 0)) == []
+
+
+def test_subtrees_fill_packs_by_best_fit():
+    """Six unrelated rows of 6, 3, 7, 5, 4 and 5 tokens need three packs of ten; in their own order they need four."""
+    rows = [[10 * (i + 1) + k for k in range(size)] for i, size in enumerate((6, 3, 7, 5, 4, 5))]
+    plan = make_plan(Forest(rows), pack_tokens=10)
+    assert [pack.size for pack in plan.packs] == [10, 10, 10]
+    # Behind a path, too: the pack that ends the path takes what fits, largest first, and the rest follows.
+    plan = make_plan(Forest([[1, 2, 3, *row] for row in rows]), pack_tokens=10)
+    assert [(pack.prefix, pack.keep, pack.size) for pack in plan.packs] == [(0, 3, 10), *[(3, 0, 10)] * 2, (3, 0, 3)]
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=40))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_no_two_packs_of_unrelated_rows_fit_into_one(sizes):
+    plan = make_plan(Forest([[100 * (i + 1)] * size for i, size in enumerate(sizes)]), pack_tokens=30)
+    filled = sorted(pack.size for pack in plan.packs)
+    assert len(filled) == 1 or filled[0] + filled[1] > 30

@@ -1,14 +1,15 @@
 """From the prefix forest to forward passes: depth first, so that one path of keys and values is all that stays alive.
 
 A *pack* is one forward pass over new tokens: whole subtrees that hang from the path computed so far, side by side in
-one row. A subtree larger than a pack is entered: its own tokens become part of the path (in pieces, where they are
-longer than a pack), and its children are packed under the longer path. Going back up costs nothing, because the path
-is one buffer whose end is forgotten. Live keys and values are thus never more than one path and one pack.
+one row, by best fit. A subtree larger than a pack is entered: its own tokens become part of the path (in pieces, where
+they are longer than a pack), and its children are packed under the longer path. Going back up costs nothing, because
+the path is one buffer whose end is forgotten. Live keys and values are thus never more than one path and one pack.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -128,31 +129,43 @@ def make_plan(
     while stack:
         children, depth = stack.pop()
         limit = under if depth else pack_tokens
-        pack = Pack(depth)
-        for i, child in enumerate(children):
-            size = forest.nodes[child].size
-            if size > limit and cache_tokens is not None and forest.nodes[child].end > cache_tokens:
-                _close(plan, pack)
-                pack = Pack(depth)
+        for subtrees in _packed([child for child in children if forest.nodes[child].size <= limit], forest, limit):
+            pack = Pack(depth)
+            for child in subtrees:
+                _append(plan, pack, child)
+            _close(plan, pack)
+        large = [child for child in children if forest.nodes[child].size > limit]
+        for i, child in enumerate(large):
+            if cache_tokens is not None and forest.nodes[child].end > cache_tokens:
                 _alone(plan, child, depth)
                 continue
-            if size > limit:
-                # Its children come next, under the longer path; then the rest of this level, under the old one.
-                stack.append((children[i + 1 :], depth))
-                _close(plan, pack)
-                stack.append(_enter(plan, child, depth, pack_tokens, under))
-                break
-            if pack.size + size > limit:
-                _close(plan, pack)
-                pack = Pack(depth)
-            _append(plan, pack, child)
-        else:
-            _close(plan, pack)
+            # Its children come next, under the longer path; then the rest of this level, under the old one.
+            stack.append((large[i + 1 :], depth))
+            stack.append(_enter(plan, child, depth, pack_tokens, under))
+            break
     return plan
 
 
+def _packed(subtrees: Sequence[int], forest: Forest, limit: int) -> list[list[int]]:
+    """Subtrees in as few packs as best fit finds, largest first; each pack in the forest's order."""
+    packs: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # free tokens and number of each pack, ascending
+    for child in sorted(subtrees, key=lambda c: -forest.nodes[c].size):
+        size = forest.nodes[child].size
+        at = bisect_left(rooms, (size, 0))
+        if at == len(rooms):
+            packs.append([])
+            room, number = limit, len(packs) - 1
+        else:
+            room, number = rooms.pop(at)
+        packs[number].append(child)
+        insort(rooms, (room - size, number))
+    order = {child: i for i, child in enumerate(subtrees)}
+    return [sorted(pack, key=order.__getitem__) for pack in packs]
+
+
 def _enter(plan: Plan, node: int, depth: int, pack_tokens: int, under: int) -> tuple[list[int], int]:
-    """Compute a node as part of the path, in pieces; its small first children fill the last piece's pack."""
+    """Compute a node as part of the path, in pieces; children that fit fill the last piece's pack, largest first."""
     forest = plan.forest
     entry = forest.nodes[node]
     begin = entry.begin
@@ -165,14 +178,13 @@ def _enter(plan: Plan, node: int, depth: int, pack_tokens: int, under: int) -> t
             break
         _close(plan, pack)
         begin = end
-    done = 0
-    for child in entry.children:
-        if pack.size + forest.nodes[child].size > limit:
-            break
-        _append(plan, pack, child)
-        done += 1
+    rest = set(entry.children)
+    for child in sorted(entry.children, key=lambda c: -forest.nodes[c].size):
+        if pack.size + forest.nodes[child].size <= limit:
+            _append(plan, pack, child)
+            rest.remove(child)
     _close(plan, pack)
-    return entry.children[done:], entry.end
+    return [child for child in entry.children if child in rest], entry.end
 
 
 def _alone(plan: Plan, root: int, depth: int) -> None:
