@@ -79,8 +79,8 @@ class Settings:
     only: str = "loglik,lm-eval,minicons,plain"
     questions: int = 20
     zero_shot: int = 40
-    pairs: int = 200
-    tokens: int = 40_000
+    pairs: int = 120
+    tokens: int = 30_000
     threads: int = 2
     repeats: int = 2
     memory: str = ""
@@ -90,7 +90,7 @@ class Settings:
 
 # The whole benchmark: at 128k fewer rows, fewer runs and without minicons, to stay under half an hour.
 LARGE = Settings(workload="abc", vocab="128k", only="loglik,lm-eval,plain", repeats=1)
-PLAN = (Settings(memory="ad"), LARGE, replace(LARGE, workload="d", pairs=80, repeats=2, memory="d"))
+PLAN = (Settings(memory="ad"), LARGE, replace(LARGE, workload="d", pairs=60, repeats=2, memory="d"))
 
 
 @dataclass

@@ -10,6 +10,7 @@ import torch
 from loglik.models import tree_attention as tree_attention_module
 from loglik.models.tree_attention import IMPLEMENTATION, KeyValuePath, TreeRow, tree_attention, tree_hidden
 from loglik.models.trunk import Trunk
+from loglik.scoring import plan as plan_module
 from loglik.scoring.forest import Forest
 from loglik.scoring.plan import make_plan
 from zoo import CAUSAL, MORE_CAUSAL, build
@@ -138,6 +139,7 @@ def test_last_layer_only_where_it_is_read(name, implementation):
 def test_long_groups_attend_in_blocks(name, reads, monkeypatch):
     """As on a CPU with groups of many hundred tokens, here with blocks of three queries."""
     monkeypatch.setattr(tree_attention_module, "_CPU_QUERIES", 3)
+    monkeypatch.setattr(tree_attention_module, "_CPU_CAUSAL", 10**9)
     model = network(name, "eager" if name == "gemma3" else "sdpa")
     for seed, budget in enumerate(({"pack_tokens": 1000}, {"pack_tokens": 20})):
         texts = tree_of_texts(seed + 20)
@@ -149,6 +151,32 @@ def test_long_groups_attend_in_blocks(name, reads, monkeypatch):
             all_of_it, some = run(trunk_of(model), plan), run(trunk_of(model), plan, lambda pack: range(1, pack.size))
         for one, other in zip(all_of_it, some, strict=True):
             torch.testing.assert_close(one[1:], other[1:], atol=tolerance(name), rtol=tolerance(name))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "mistral"])
+def test_long_chains_behind_few_tokens_attend_without_a_mask(name, monkeypatch):
+    """As on a CPU with chains of a thousand tokens behind BOS; windows of 4 tokens need their mask all the same."""
+    monkeypatch.setattr(plan_module, "GROUP_TOKENS", 0)
+    monkeypatch.setattr(tree_attention_module, "_CPU_CAUSAL", 8)
+    monkeypatch.setattr(tree_attention_module, "_CPU_QUERIES", 3)
+    model = network(name)
+    own, seen = tree_attention_module._own_function, []
+
+    def spied(*args):
+        def attend(module, query, key, value, mask, **kwargs):
+            seen.append((kwargs.get("sliding_window"), mask is None, query.shape[2]))
+            return own(*args)(module, query, key, value, mask, **kwargs)
+
+        return attend
+
+    monkeypatch.setattr(tree_attention_module, "_own_function", spied)
+    rng = random.Random(6)
+    rows = [[9, *(rng.randrange(3, VOCABULARY) for _ in range(length))] for length in (12, 9, 8, 7, 3, 11)]
+    plan = assert_like_plain(name, model, rows, pack_tokens=14)
+    assert {pack.prefix for pack in plan.packs} == {0, 1}
+    unmasked = {length for window, plain, length in seen if plain and window is None}
+    assert unmasked >= {13, 10, 9, 12} if name != "mistral" else not unmasked
+    assert not any(plain and length > window for window, plain, length in seen if window is not None)
 
 
 def test_gradients_through_a_last_layer_that_is_read_in_part():
@@ -263,15 +291,16 @@ def test_masks_by_their_definition(prefix, window):
 
 
 def test_a_plain_row_needs_no_mask():
-    """One chain without a prefix: causal attention itself, unless the window cuts it or the kernel is not causal."""
+    """One chain: causal attention itself, unless the window cuts it or the kernel is not causal."""
     positions, ends = torch.arange(6), torch.full((6,), 6)
-    assert TreeRow(positions, ends, [(0, 6)]).mask(0, 6, 0, None, torch.float32) is None
-    assert TreeRow(positions, ends, [(0, 6)]).mask(0, 6, 0, 6, torch.float32) is None
-    assert TreeRow(positions, ends, [(0, 6)]).mask(0, 6, 0, 5, torch.float32) is not None
-    assert TreeRow(positions, ends, [(0, 6)], needs_mask=True).mask(0, 6, 0, None, torch.float32) is not None
-    assert TreeRow(positions, ends, [(0, 6)], prefix=1).mask(0, 6, 1, None, torch.float32) is not None
+    assert TreeRow(positions, ends, [(0, 6)]).is_causal(0, 6, 0, None)
+    assert TreeRow(positions, ends, [(0, 6)]).is_causal(0, 6, 0, 6)
+    assert not TreeRow(positions, ends, [(0, 6)]).is_causal(0, 6, 0, 5)
+    assert not TreeRow(positions, ends, [(0, 6)], needs_mask=True).is_causal(0, 6, 0, None)
+    assert TreeRow(positions, ends, [(0, 6)], prefix=1).is_causal(0, 6, 1, 7)
+    assert not TreeRow(positions, ends, [(0, 6)], prefix=1).is_causal(0, 6, 1, 6)
     branch = torch.tensor([6, 6, 3, 6, 6, 6])
-    assert TreeRow(positions, branch, [(0, 6)]).mask(0, 6, 0, None, torch.float32) is not None
+    assert not TreeRow(positions, branch, [(0, 6)]).is_causal(0, 6, 0, None)
 
 
 @pytest.mark.parametrize("capacity", [0, 3, 64])

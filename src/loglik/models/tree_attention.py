@@ -27,8 +27,10 @@ __all__ = ["IMPLEMENTATION", "KeyValuePath", "TreeRow", "tree_attention", "tree_
 
 IMPLEMENTATION = "loglik_tree"
 
-# A CPU's attention kernel computes what a mask hides: queries go in blocks, each over the keys up to its last one.
-_CPU_QUERIES = 256
+# A CPU's attention kernel computes most of what is hidden: queries go in blocks, each over the keys up to its last one.
+# From some length on the kernel is faster by itself, if no mask is needed to say who sees whom.
+_CPU_QUERIES = 192
+_CPU_CAUSAL = 768
 
 
 class KeyValuePath:
@@ -97,7 +99,8 @@ class TreeRow:
     attend: Callable[..., Any] | None = None
     needs_mask: bool = False
     windows: dict[int, int | None] = field(default_factory=dict)
-    _masks: dict[tuple[int, int, int, int | None], Tensor | None] = field(default_factory=dict)
+    _masks: dict[tuple[int, int, int, int | None], Tensor] = field(default_factory=dict)
+    _chains: dict[tuple[int, int], bool] = field(default_factory=dict)
     _kept: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -105,15 +108,19 @@ class TreeRow:
         """Queries of the next call: all columns, or in the last layer's second round those that are read."""
         return len(self.positions) if self._kept is None or self.read is None else len(self.read)
 
-    def mask(self, begin: int, end: int, seen: int, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """(1, 1, n, seen + n) additive mask of a group behind `seen` tokens; None where it is plain causal."""
+    def mask(self, begin: int, end: int, seen: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """(1, 1, n, seen + n) additive mask of a group behind `seen` tokens."""
         key = (begin, end, seen, window)
         if key not in self._masks:
-            is_chain = bool((self.ends[begin:end] >= end).all())
-            is_causal = is_chain and not seen and not self.needs_mask and (window is None or end - begin <= window)
             rows = torch.arange(begin, end, device=self.ends.device)
-            self._masks[key] = None if is_causal else self.mask_of(rows, begin, end, seen, window, dtype)
+            self._masks[key] = self.mask_of(rows, begin, end, seen, window, dtype)
         return self._masks[key]
+
+    def is_causal(self, begin: int, end: int, seen: int, window: int | None) -> bool:
+        """Whether every token of a group sees all tokens before it, and the implementation needs no mask for that."""
+        if (begin, end) not in self._chains:
+            self._chains[begin, end] = bool((self.ends[begin:end] >= end).all())
+        return self._chains[begin, end] and not self.needs_mask and (window is None or seen + end - begin <= window)
 
     def mask_of(self, rows: Tensor, begin: int, end: int, seen: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """(1, 1, s, seen + n) additive mask of some columns (s,) of a group."""
@@ -185,16 +192,21 @@ def _attended(
     """What columns `rows` of a group (begin, end, tokens seen before it) attend to, (1, s, H, D) each."""
     begin, end, seen = group
     window, dtype = kwargs.get("sliding_window"), query.dtype
-    if len(rows) == end - begin:
+    count, on_cpu = len(rows), query.device.type == "cpu"
+    assert tree.attend is not None
+    if count == end - begin:
+        long = count >= _CPU_CAUSAL or count <= _CPU_QUERIES if on_cpu else True
+        if long and 8 * seen <= count and tree.is_causal(begin, end, seen, window):
+            # The few tokens before the group ask too, and are not heard: so it takes no mask.
+            padded = query if not seen else torch.nn.functional.pad(query, (0, 0, seen, 0))
+            return [tree.attend(module, padded, keys, values, None, **kwargs)[0][:, seen:]]
         mask = tree.mask(begin, end, seen, window, dtype)
     else:
         mask = tree.mask_of(torch.as_tensor(rows, device=query.device), begin, end, seen, window, dtype)
-    assert tree.attend is not None
-    if mask is None or query.device.type != "cpu" or len(rows) <= _CPU_QUERIES:
-        return [tree.attend(module, query, keys, values, mask, **kwargs)[0]]
     outputs = []
-    for low in range(0, len(rows), _CPU_QUERIES):
-        block = slice(low, low + _CPU_QUERIES)
+    height = _CPU_QUERIES if on_cpu else count
+    for low in range(0, count, height):
+        block = slice(low, low + height)
         stop = seen + rows[block][-1] + 1 - begin
         part = mask[:, :, block, :stop]
         outputs.append(
