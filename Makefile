@@ -49,7 +49,7 @@ docs-serve: $(VENV)/.docs
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/run.py
 
-# Text to nats beside lm-evaluation-harness, minicons and a plain loop: about half an hour.
+# Text to nats beside lm-evaluation-harness, minicons and a plain loop: about three quarters of an hour.
 bench-scoring: $(VENV)/.dev
 	$(BIN)/python benchmarks/run.py scoring
 

@@ -1,6 +1,6 @@
 """Scoring text: loglik beside lm-evaluation-harness, minicons and a plain transformers loop, on the same weights.
 
-    python benchmarks/run.py scoring                                             # all of it, under half an hour
+    python benchmarks/run.py scoring                                             # all of it, 45 minutes
     python benchmarks/bench_scoring.py --workload d --vocab 32k --only loglik,plain
     python benchmarks/bench_scoring.py --workload a --only loglik --profile      # where loglik's time goes
     python benchmarks/bench_scoring.py --table                                   # the last results as Markdown
@@ -88,7 +88,7 @@ class Settings:
     table: bool = False
 
 
-# The whole benchmark: at 128k fewer rows, fewer runs and without minicons, to stay under half an hour.
+# The whole benchmark: at 128k fewer rows, fewer runs and without minicons, to stay under an hour.
 LARGE = Settings(workload="abc", vocab="128k", only="loglik,lm-eval,plain", repeats=1)
 PLAN = (Settings(memory="ad"), LARGE, replace(LARGE, workload="d", pairs=60, repeats=2, memory="d"))
 
