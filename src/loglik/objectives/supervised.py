@@ -7,9 +7,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from loglik.kinds import Kind
 from loglik.likelihood import LogLikelihood
-from loglik.objectives.base import Terms
+from loglik.objectives.base import Terms, require_kinds
 
 __all__ = ["MaximumLikelihood"]
 
@@ -26,15 +25,14 @@ class MaximumLikelihood:
             the sequences (:math:`w_b = 1`).
 
     Raises:
-        ValueError: for an upper bound, whose increase says nothing about the likelihood.
+        InputError: for an upper bound, whose increase says nothing about the likelihood.
     """
 
     reduction: Literal["token_mean", "sequence_mean", "sum"] = "token_mean"
 
     def __call__(self, policy: LogLikelihood) -> Terms:
         """Loss terms of B sequences, in nats."""
-        if policy.kind is Kind.UPPER_BOUND:
-            raise ValueError("maximum likelihood cannot train on an upper bound: raising it does not raise log p(x)")
+        require_kinds("maximum likelihood", policy)
         loss = -policy.value
         ones = loss.new_ones(loss.shape)
         weight: Tensor = ones
