@@ -107,16 +107,19 @@ def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path):
     fit(straight, MaximumLikelihood(), Rows(), settings, output=tmp_path / "a", validation=Rows(3))
     calls = 0
 
-    def dies(policy):
+    broken = dropping()
+    log_prob = broken.log_prob
+
+    def dies(x):
         nonlocal calls
         calls += 1
         if calls == 6:  # in the middle of step 6; step 4 was saved
             raise KeyboardInterrupt
-        return MaximumLikelihood()(policy)
+        return log_prob(x)
 
-    broken = dropping()
+    broken.log_prob = dies
     with pytest.raises(KeyboardInterrupt):
-        fit(broken, dies, Rows(), settings, output=tmp_path / "b")
+        fit(broken, MaximumLikelihood(), Rows(), settings, output=tmp_path / "b")
     resumed = dropping()
     result = fit(resumed, MaximumLikelihood(), Rows(), settings, output=tmp_path / "b", validation=Rows(3), resume=True)
     for name, value in weights(straight).items():
@@ -134,12 +137,12 @@ def test_output_loads_with_transformers(tmp_path):
     tokenizer = byte_level_tokenizer()
     model = CausalLM(build(CAUSAL["gpt2"], len(tokenizer)), tokenizer)
     data = Rows()
-    before = evaluate(model, MaximumLikelihood(), data, batch_size=3)
+    before = evaluate(model, MaximumLikelihood(), data, batch_size=3).loss
     result = fit(model, MaximumLikelihood(), data, config(steps=20), output=tmp_path, validation=data)
     assert result.validation is not None
     assert result.validation < before
     again = CausalLM(AutoModelForCausalLM.from_pretrained(tmp_path).eval())
-    assert evaluate(again, MaximumLikelihood(), data, batch_size=3) == pytest.approx(result.validation, abs=1e-6)
+    assert evaluate(again, MaximumLikelihood(), data, batch_size=3).loss == pytest.approx(result.validation, abs=1e-6)
     assert (tmp_path / "tokenizer.json").is_file()
 
 
@@ -148,10 +151,12 @@ def test_evaluation_is_the_mean_over_all_tokens_for_any_batch_size():
     nats = tokens = 0.0
     with torch.no_grad():
         for i in range(len(data)):
-            ll = model.log_prob(collate([data[i]]))
+            ll = model.log_prob(collate([(i, data[i])]).tokens)
             nats, tokens = nats - float(ll.value), tokens + int(ll.num_units)
     for size in (1, 4, 11):
-        assert evaluate(model, MaximumLikelihood(), data, batch_size=size) == pytest.approx(nats / tokens, abs=1e-5)
+        assert evaluate(model, MaximumLikelihood(), data, batch_size=size).loss == pytest.approx(
+            nats / tokens, abs=1e-5
+        )
 
 
 # ------------------------------------------------------------------ data
@@ -178,7 +183,7 @@ def test_batches_are_functions_of_seed_and_step():
 
 
 def test_collate_pads_on_the_right_and_scores_from_the_mark():
-    batch = collate([Example([1, 2, 3], 2), Example([4, 5, 6, 7], 1)])
+    batch = collate([(0, Example([1, 2, 3], 2)), (1, Example([4, 5, 6, 7], 1))]).tokens
     assert isinstance(batch, TokenBatch)
     assert batch.scored_mask.tolist() == [[False, False, True, False], [False, True, True, True]]
     assert batch.attention_mask.sum().item() == 7

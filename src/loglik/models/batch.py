@@ -24,6 +24,8 @@ class TokenBatch:
         starts: (B,) column of the first completion token; an encoder-decoder encodes what stands before it and
             decodes the rest. None: the first scored column.
         words: (B, T) which word of its text each token belongs to, -1 for none; only methods about words ask for it.
+        groups: (B,) ascending numbers; neighbours of one group begin with the same tokens (completions of one prompt),
+            which a model may compute once. Values do not depend on it.
     """
 
     ids: Tensor
@@ -31,6 +33,7 @@ class TokenBatch:
     scored_mask: Tensor
     starts: Tensor | None = None
     words: Tensor | None = None
+    groups: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.ids.dim() != 2:
@@ -41,8 +44,10 @@ class TokenBatch:
                 raise ValueError(
                     f"{name} must be bool of shape {tuple(self.ids.shape)}, got {mask.dtype} {tuple(mask.shape)}"
                 )
-        if self.starts is not None and self.starts.shape != self.ids.shape[:1]:
-            raise ValueError(f"starts must have shape ({self.ids.shape[0]},), got {tuple(self.starts.shape)}")
+        for name in ("starts", "groups"):
+            rows = getattr(self, name)
+            if rows is not None and rows.shape != self.ids.shape[:1]:
+                raise ValueError(f"{name} must have shape ({self.ids.shape[0]},), got {tuple(rows.shape)}")
         if self.words is not None and self.words.shape != self.ids.shape:
             raise ValueError(f"words must have shape {tuple(self.ids.shape)}, got {tuple(self.words.shape)}")
 
@@ -54,6 +59,7 @@ class TokenBatch:
         starts: Sequence[int] | None = None,
         scored_from: Sequence[int] | None = None,
         words: Sequence[Sequence[int]] | None = None,
+        groups: Sequence[int] | None = None,
         padding_side: Literal["left", "right"] = "right",
         pad_id: int = 0,
     ) -> TokenBatch:
@@ -75,25 +81,21 @@ class TokenBatch:
             ids[i, shift:end] = torch.as_tensor(row, dtype=torch.long)
             real[i, shift:end] = True
             scored[i, shift + scored_[i] : end] = True
-        groups = torch.full_like(ids, -1) if words is not None else None
-        if groups is not None and words is not None:
+        spans = torch.full_like(ids, -1) if words is not None else None
+        if spans is not None and words is not None:
             for i, (row, shift) in enumerate(zip(words, shifts, strict=True)):
-                groups[i, shift : shift + len(row)] = torch.as_tensor(row, dtype=torch.long)
+                spans[i, shift : shift + len(row)] = torch.as_tensor(row, dtype=torch.long)
         columns = torch.tensor([s + shift for s, shift in zip(starts_, shifts, strict=True)], dtype=torch.long)
-        return cls(ids, real, scored, columns, groups)
+        owners = None if groups is None else torch.as_tensor(groups, dtype=torch.long)
+        return cls(ids, real, scored, columns, spans, owners)
 
     def __len__(self) -> int:
         return self.ids.shape[0]
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same on another device."""
-        return TokenBatch(
-            self.ids.to(device),
-            self.attention_mask.to(device),
-            self.scored_mask.to(device),
-            None if self.starts is None else self.starts.to(device),
-            None if self.words is None else self.words.to(device),
-        )
+        moved = (None if part is None else part.to(device) for part in (self.starts, self.words, self.groups))
+        return TokenBatch(self.ids.to(device), self.attention_mask.to(device), self.scored_mask.to(device), *moved)
 
     def completion_starts(self) -> Tensor:
         """(B,) column of the first completion token: `starts`, or else the first scored column (T if none)."""
@@ -143,6 +145,7 @@ class TokenBatch:
             self.scored_mask.gather(1, origin) & real,
             moved,
             None if self.words is None else self.words.gather(1, origin).masked_fill(~real, -1),
+            self.groups,
         )
         return packed, origin
 

@@ -14,6 +14,7 @@ from loglik.models.batch import TokenBatch
 from loglik.models.encode import Layout
 from loglik.models.paths import ForwardPath, PathReport, find_path, scaled_rope_start
 from loglik.models.sampling import ancestral_samples
+from loglik.models.shared_prompt import shared_scores
 from loglik.models.tokens import greedy_match, labelled, selected_log_probs, widened
 from loglik.models.trunk import Trunk
 
@@ -88,18 +89,24 @@ class CausalLM:
         terms = torch.zeros(packed.ids.shape, dtype=torch.float32, device=self.device)
         greedy = torch.zeros_like(packed.attention_mask)
         if bool(packed.scored_mask.any()):
-            picked = packed.scored_mask[:, 1:]
-            targets = packed.ids[:, 1:][picked]
-            inputs = packed.ids[:, :-1]  # the last token is only ever a target
-            if self.trunk is None:
-                logits = self._logits(inputs)[picked]
-                chosen, first = selected_log_probs(logits, targets), greedy_match(logits.detach(), targets)
-            else:
-                hidden = self._hidden(self.trunk, inputs, packed.attention_mask.sum(1) - 1)[picked]
-                chosen, first, _ = self.trunk.log_probs(hidden, targets)
+            chosen, first = self._scored(packed)
             terms = terms.to(chosen.dtype).masked_scatter(packed.scored_mask, chosen)
             greedy = greedy.masked_scatter(packed.scored_mask, first)
         return labelled(x, packed, origin, terms, greedy, kind=self.kind)
+
+    def _scored(self, packed: TokenBatch) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and greedy match of the scored tokens of left-aligned rows, row by row."""
+        if packed.groups is not None and self.trunk is not None and self.forward_path().path == "packed":
+            return shared_scores(self.trunk, packed, narrows=self.forward_path().narrows)
+        picked = packed.scored_mask[:, 1:]
+        targets = packed.ids[:, 1:][picked]
+        inputs = packed.ids[:, :-1]  # the last token is only ever a target
+        if self.trunk is None:
+            logits = self._logits(inputs)[picked]
+            return selected_log_probs(logits, targets), greedy_match(logits.detach(), targets)
+        hidden = self._hidden(self.trunk, inputs, packed.attention_mask.sum(1) - 1)[picked]
+        chosen, first, _ = self.trunk.log_probs(hidden, targets)
+        return chosen, first
 
     def next_log_probs(self, prefix: TokenBatch) -> Tensor:
         """(B, V) log-probabilities of the token after each row, float32 or better, nats; rows must not be empty."""

@@ -1,4 +1,7 @@
-"""Checkpoints without pickle: weights and optimizer state as safetensors, the rest as JSON, complete or absent."""
+"""Checkpoints without pickle: weights and optimizer state as safetensors, the rest as JSON, complete or absent.
+
+Of a network with frozen weights (an adapter's base), only what is trained is written.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ def save_checkpoint(
     partial = directory / f".partial-{state['step']:08d}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in _trained(module).items()}
     weights = {name: parameter.detach().contiguous().clone() for parameter, name in names.items()}
     weights |= {f"buffer:{name}": buffer.contiguous().clone() for name, buffer in module.named_buffers()}
     slots: dict[str, torch.Tensor] = {}
@@ -66,7 +69,7 @@ def load_checkpoint(path: Path, *, module: nn.Module, optimizer: torch.optim.Opt
         state: dict[str, Any] = json.loads((path / _STATE).read_text(encoding="utf-8"))
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise InputError(f"checkpoint {path} cannot be read ({error}); remove it to resume from an older one") from None
-    parameters = dict(module.named_parameters())
+    parameters = _trained(module)
     wanted = set(parameters) | {f"buffer:{name}" for name, _ in module.named_buffers()}
     shapes_differ = any(n in weights and weights[n].shape != p.shape for n, p in parameters.items())
     if set(weights) != wanted or shapes_differ:
@@ -81,3 +84,7 @@ def load_checkpoint(path: Path, *, module: nn.Module, optimizer: torch.optim.Opt
         parameter = parameters[name]
         optimizer.state[parameter][slot] = value if slot == "step" else value.to(parameter.device)
     return state
+
+
+def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}

@@ -30,8 +30,10 @@ class TrainConfig:
         precision: ``"no"`` trains in the weights' dtype, ``"bf16"``/``"fp16"`` under autocast.
         save_every: steps between checkpoints; the last step is always saved.
         keep: complete checkpoints to keep.
-        eval_every: steps between evaluations on the validation rows; 0 for only at the end.
+        eval_every: steps between evaluations on the validation rows (before the first step too, and the best weights
+            so far are kept in ``best``); 0 for only at the end.
         log_every: steps between lines of ``log.jsonl``.
+        report_to: trackers of Accelerate that get the same numbers, such as ``tensorboard``.
     """
 
     steps: int
@@ -50,6 +52,7 @@ class TrainConfig:
     keep: int = 2
     eval_every: int = 0
     log_every: int = 10
+    report_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "save_every", "keep", "log_every"):
@@ -79,6 +82,6 @@ class TrainConfig:
 
     def fingerprint(self) -> dict[str, object]:
         """The fields that decide the result: what a resumed run must share with the checkpoint."""
-        free = {"save_every", "keep", "eval_every", "log_every"}
+        free = {"save_every", "keep", "eval_every", "log_every", "report_to"}
         named = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in named.items()}

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-import json
-import math
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from accelerate.utils import DataLoaderConfiguration, broadcast_object_list
+from torch import nn
+from torch.utils.data import DataLoader
 
-from loglik.errors import InputError, LoglikError
+from loglik.errors import InputError
 from loglik.likelihood import LogLikelihood
 from loglik.models.batch import TokenBatch
-from loglik.objectives.base import Objective, Terms
-from loglik.progress import bar, quiet_transformers
-from loglik.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from loglik.objectives.base import Objective
+from loglik.objectives.registry import objective as named_objective
+from loglik.progress import bar
 from loglik.training.config import TrainConfig
-from loglik.training.data import Example, StepSampler, collate, seed_step
+from loglik.training.data import Numbered, RowBatch, Rows, StepSampler, collate, seed_step
+from loglik.training.evaluate import Evaluation, evaluate
+from loglik.training.files import RunFiles
+from loglik.training.inputs import Needs, needs_of, objective_name
+from loglik.training.interrupt import stop_on_sigterm
+from loglik.training.online import Online, rows_from_json, rows_to_json
+from loglik.training.reference import Reference, References
+from loglik.training.step import Loss, take_step
 
-__all__ = ["FitResult", "Trainable", "fit"]
+__all__ = ["Callback", "FitResult", "Trainable", "fit"]
 
 
 class Trainable(Protocol):
@@ -39,176 +44,270 @@ class Trainable(Protocol):
         """Labelled log-likelihoods of a batch."""
 
 
+# Called at every evaluation with the step, the model and the record that is about to be logged; may add to it.
+Callback = Callable[[int, Any, dict[str, Any]], None]
+
+
 @dataclass(frozen=True, slots=True)
 class FitResult:
-    """What a run ended with: `step`, the training `loss` of the last step, `validation` loss, `seconds` of this run."""
+    """What a run ended with.
+
+    Args:
+        step: the last step that was taken.
+        loss: of that step.
+        validation: loss on the validation rows at the end, if there are any.
+        seconds: of this run.
+        output: where everything lies.
+        interrupted: the run was asked to stop (SIGTERM) and saved a checkpoint to resume from.
+        best_step: the evaluation with the lowest validation loss, whose weights are in ``best``.
+    """
 
     step: int
     loss: float
     validation: float | None
     seconds: float
     output: Path
+    interrupted: bool = False
+    best_step: int | None = None
 
 
 def fit(
     model: Trainable,
-    objective: Objective,
-    data: Dataset[Example],
+    objective: Objective | str,
+    data: Rows | Online,
     config: TrainConfig,
     *,
     output: str | Path,
-    validation: Dataset[Example] | None = None,
+    reference: Any | Literal["auto"] = "auto",
+    reference_cache: str | Path | None = None,
+    validation: Rows | None = None,
+    callbacks: Sequence[Callback] = (),
     resume: bool = False,
 ) -> FitResult:
     r"""Train `model` in place and save it, its log and its checkpoints under `output`.
 
     The loss of a step is :math:`\sum_b \ell_b / \sum_b w_b` over *all* its micro-batches and processes, so that it does
     not depend on how the step is cut up. Batches, learning rate and random numbers are functions of (seed, step): a
-    resumed run repeats the uninterrupted one, bit for bit on a CPU.
+    resumed run repeats the uninterrupted one, bit for bit on a CPU. SIGTERM ends the run after the current step with a
+    checkpoint.
 
     Args:
         model: a loglik model around a torch module in `model.model`.
-        objective: maps labelled log-likelihoods to `Terms`.
-        data: map-style rows.
+        objective: maps labelled log-likelihoods to `Terms`; a function whose argument names say what it needs, or its
+            name in `loglik.objectives`.
+        data: map-style rows, or `Online` for rows that are drawn from the policy as it changes.
         config: settings.
         output: directory of ``log.jsonl``, ``checkpoint-*`` and, at the end, the model for `from_pretrained`.
-        validation: rows whose mean loss is logged.
+        reference: the frozen reference, where the objective needs one: a model, or anything callable that gives the
+            log-likelihoods of a batch. ``auto``: numbers that the rows bring along, else the policy without its
+            adapter, else the policy as it is now, whose log-likelihoods are computed once and kept on disk.
+        reference_cache: directory of such log-likelihoods, keyed by weights and rows; ``output/reference`` by default.
+        validation: rows whose mean loss and metrics are logged.
+        callbacks: called at every evaluation with (step, model, record); may add numbers to the record.
         resume: continue from the newest complete checkpoint in `output`; start anew where there is none.
 
     Raises:
-        InputError: if `output` holds another run and `resume` is not set, or its settings differ.
-        LoglikError: if the loss becomes NaN or infinite; the last good checkpoint stays.
+        InputError: if `output` holds another run and `resume` is not set, its settings differ, the rows do not have
+            what the objective needs, or the reference is missing.
+        LoglikError: if the loss becomes NaN or infinite, naming the rows; the last good checkpoint stays.
     """
-    out = Path(output)
-    accelerator = Accelerator(
-        mixed_precision=config.precision, dataloader_config=DataLoaderConfiguration(dispatch_batches=False)
-    )
-    per_step, uneven = divmod(config.batch_size // config.micro, accelerator.num_processes)
-    if uneven or per_step < 1:
-        raise InputError(f"{accelerator.num_processes} processes cannot share batch {config.batch_size} evenly")
-    module: Any = model.model
-    optimizer = _optimizer(module, config)
-    start, loss, log = _prepare(out, config, module, optimizer, resume=resume)
-    sampler = StepSampler(
-        len(data),  # type: ignore[arg-type]
-        batch_size=config.batch_size,
-        micro_batch_size=config.micro,
-        first=start,
-        last=config.steps,
-        seed=config.seed,
-    )
-    loader = DataLoader(data, batch_sampler=sampler, collate_fn=collate)
-    wrapped, optimizer, loader = accelerator.prepare(module, optimizer, loader)
-    model.model = wrapped
-    begun, batches = time.monotonic(), iter(loader)
-    measured: float | None = None
-    module.train()
-    try:
-        with bar("training", total=config.steps - start, unit="steps") as advance:
-            for step in range(start, config.steps):
-                micro = [next(batches) for _ in range(per_step)]
-                # After loading: opening the loader draws random numbers, and only a run's first step does that.
-                seed_step(config.seed, step, accelerator.process_index)
-                loss, norm, metrics = _step(model, objective, micro, optimizer, accelerator, config, step)
-                advance(1, f"loss {loss:.4f}")
-                last = step + 1 == config.steps
-                record: dict[str, Any] = {"step": step + 1, "loss": loss, "grad_norm": norm, **metrics}
-                record |= {"learning_rate": config.learning_rate_at(step), "seconds": time.monotonic() - begun}
-                due = validation is not None and (last or (config.eval_every and (step + 1) % config.eval_every == 0))
-                if due and validation is not None:
-                    record["validation"] = measured = evaluate(model, objective, validation, batch_size=config.micro)
-                if accelerator.is_main_process and (due or last or (step + 1) % config.log_every == 0):
-                    with log.open("a", encoding="utf-8") as handle:
-                        handle.write(json.dumps(record) + "\n")
-                if accelerator.is_main_process and (last or (step + 1) % config.save_every == 0):
-                    state = {"step": step + 1, "loss": loss, "config": config.fingerprint()}
-                    raw = getattr(optimizer, "optimizer", optimizer)
-                    save_checkpoint(out, module=module, optimizer=raw, state=state, keep=config.keep)
-    finally:
-        model.model = module
-        module.eval()
-    if validation is not None and measured is None:  # nothing was left to train; else the last step has measured
-        measured = evaluate(model, objective, validation, batch_size=config.micro)
-    if accelerator.is_main_process:
-        with quiet_transformers():
-            module.save_pretrained(out)
-        if model.tokenizer is not None:
-            model.tokenizer.save_pretrained(out)
-    return FitResult(config.steps, loss, measured, time.monotonic() - begun, out)
+    chosen = named_objective(objective) if isinstance(objective, str) else objective
+    run = _Run(model, chosen, config, Path(output))
+    if run.needs.reference:
+        cache = Path(reference_cache) if reference_cache else Path(output) / "reference"
+        run.references = References(objective_name(chosen), model, reference, batch_size=config.micro, cache=cache)
+    return run.train(data, validation, callbacks, resume=resume)
 
 
-@torch.no_grad()
-def evaluate(model: Trainable, objective: Objective, rows: Dataset[Example], *, batch_size: int) -> float:
-    """Mean loss over `rows` in evaluation mode: the sum of all terms over the sum of all weights."""
-    was_training = model.model.training
-    model.model.eval()
-    loss = weight = 0.0
-    for batch in DataLoader(rows, batch_size=batch_size, collate_fn=collate):
-        terms = objective(model.log_prob(batch))
-        loss += float(terms.loss.double().sum())
-        weight += float(terms.weight.double().sum())
-    model.model.train(was_training)
-    return loss / weight
+class _Run:
+    """The state of one call of `fit`."""
+
+    def __init__(self, model: Trainable, objective: Objective, config: TrainConfig, out: Path) -> None:
+        self.model, self.objective, self.config = model, objective, config
+        self.needs: Needs = needs_of(objective)
+        self.accelerator = Accelerator(
+            mixed_precision=config.precision,
+            dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
+            log_with=list(config.report_to) or None,
+            project_dir=str(out),
+        )
+        processes = self.accelerator.num_processes
+        self.per_step, uneven = divmod(config.batch_size // config.micro, processes)
+        if uneven or self.per_step < 1:
+            raise InputError(
+                f"{processes} processes cannot share a batch of {config.batch_size} in passes of {config.micro} evenly"
+            )
+        self.loss = Loss(model, objective, self.needs)
+        self.references: References | None = None
+        settings = config.fingerprint() | {"objective": _described(objective)}
+        self.files = RunFiles(out, model, self.accelerator, settings, keep=config.keep, trackers=bool(config.report_to))
+        self.begun = time.monotonic()
+
+    def train(
+        self, data: Rows | Online, validation: Rows | None, callbacks: Sequence[Callback], *, resume: bool
+    ) -> FitResult:
+        """All steps; see `fit`."""
+        config, files, module = self.config, self.files, self.model.model
+        online = data if isinstance(data, Online) else None
+        fixed = None if isinstance(data, Online) else _Segment(self, Numbered(data), kept=True)
+        # While the policy is still the reference: afterwards only these numbers remember it.
+        held_out = _HeldOut(self, validation, callbacks)
+        if online is not None and self.references is not None:
+            self.references.freeze()
+        optimizer = _optimizer(module, config)
+        start, loss, kept_rows = files.prepare(optimizer, resume=resume)
+        wrapped, optimizer = self.accelerator.prepare(self.loss, optimizer)
+        files.begin_tracking()
+        measured = held_out({"step": 0}) if start == 0 and config.eval_every else None
+        done, stopped = start, False
+        module.train()
+        try:
+            with bar("training", total=config.steps - start, unit="steps") as advance, stop_on_sigterm() as asked:
+                for step, segment, micro in self._steps(start, fixed, online, kept_rows):
+                    # After loading: opening the loader draws random numbers, and only a run's first step does that.
+                    seed_step(config.seed, step, self.accelerator.process_index)
+                    result = take_step(
+                        self.loss, wrapped, micro, segment, optimizer, self.accelerator, config, step, stop=asked()
+                    )
+                    loss, done = result.loss, step + 1
+                    advance(1, f"loss {loss:.4f}")
+                    last = done == config.steps
+                    record: dict[str, Any] = {"step": done, "loss": loss, "grad_norm": result.grad_norm}
+                    record |= result.metrics
+                    record |= {"learning_rate": config.learning_rate_at(step), "seconds": self._seconds()}
+                    due = last or bool(config.eval_every and done % config.eval_every == 0)
+                    if due and held_out.wanted:
+                        measured = held_out(record)
+                        module.train()
+                    elif due or done % config.log_every == 0:
+                        files.write(record)
+                    stopped = result.stopped and not last
+                    if last or stopped or done % config.save_every == 0:
+                        files.save(optimizer, done, loss, rows_to_json(segment.rows) if online is not None else None)
+                    if stopped:
+                        break
+        finally:
+            module.eval()
+        if not stopped:
+            if measured is None:  # nothing was left to train; else the last step has measured
+                measured = held_out.loss()
+            files.export(files.out)
+        files.end_tracking()
+        best = files.best[1] if files.best else None
+        return FitResult(done, loss, measured, self._seconds(), files.out, stopped, best)
+
+    def _steps(
+        self, start: int, fixed: _Segment | None, online: Online | None, kept: Any
+    ) -> Iterator[tuple[int, _Segment, list[RowBatch]]]:
+        """Each step with its rows and this process's micro-batches of them."""
+        config = self.config
+        begin = start
+        while begin < config.steps:
+            segment, end = fixed, config.steps
+            if online is not None:
+                end = min(config.steps, (begin // online.every + 1) * online.every)
+                segment, kept = _Segment(self, self._collect(online, begin, kept), kept=False), None
+            assert segment is not None
+            sampler = StepSampler(
+                len(segment.rows),
+                batch_size=config.batch_size,
+                micro_batch_size=config.micro,
+                first=begin,
+                last=end,
+                # Rows drawn anew are another data set, with an order of its own.
+                seed=config.seed if online is None else (config.seed, begin // online.every),
+            )
+            loader = self.accelerator.prepare(DataLoader(segment.rows, batch_sampler=sampler, collate_fn=collate))
+            batches = iter(loader)
+            for step in range(begin, end):
+                yield step, segment, [next(batches) for _ in range(self.per_step)]
+            begin = end
+
+    def _collect(self, online: Online, begin: int, kept: Any) -> Numbered:
+        """Rows drawn from the policy as it is now, by the first process for all; or those a checkpoint kept."""
+        if kept is not None and begin % online.every:
+            return Numbered(rows_from_json(kept))
+        found: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            module = self.model.model
+            module.eval()
+            generator = torch.Generator().manual_seed((self.config.seed << 32) + begin // online.every)
+            live = self.references.live if self.references is not None else None
+            found = [list(online.collect(self.model, live, generator))]
+            module.train()
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(found)
+        if not found[0]:
+            raise InputError("the collection drew no rows to train on")
+        return Numbered(found[0])
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self.begun
 
 
-def _step(
-    model: Trainable,
-    objective: Objective,
-    micro: Sequence[TokenBatch],
-    optimizer: Any,
-    accelerator: Accelerator,
-    config: TrainConfig,
-    step: int,
-) -> tuple[float, float, dict[str, float]]:
-    """One optimizer step; returns its loss, gradient norm and mean metrics."""
-    total_weight = _total_weight(model, objective, micro, accelerator)
-    loss = torch.zeros((), dtype=torch.float64)
-    sums: dict[str, float] = {}
-    rows = sum(len(batch) for batch in micro)
-    for i, batch in enumerate(micro):
-        last = i + 1 == len(micro)
-        with nullcontext() if last else accelerator.no_sync(model.model):
-            with accelerator.autocast():
-                terms = objective(model.log_prob(batch))
-            # One micro-batch in one process needs no second look at the weights: they are all here.
-            scale = total_weight if total_weight is not None else float(terms.weight.sum())
-            part = terms.loss.sum() / scale
-            loss += part.detach().double().cpu()
-            # DDP averages gradients over processes; the loss is a sum over them.
-            accelerator.backward(part * accelerator.num_processes)
-        for name, values in terms.metrics.items():
-            sums[name] = sums.get(name, 0.0) + float(values.sum())
-    value = float(accelerator.reduce(loss.to(accelerator.device).float(), reduction="sum"))
-    if not math.isfinite(value):
-        raise LoglikError(f"the loss of step {step + 1} is {value}; the last checkpoint is kept: lower learning_rate")
-    limit = config.max_grad_norm or math.inf
-    norm = float(accelerator.clip_grad_norm_(model.model.parameters(), limit) or 0.0)
-    for group in optimizer.param_groups:
-        group["lr"] = config.learning_rate_at(step)
-    optimizer.step()
-    optimizer.zero_grad()
-    return value, norm, {name: total / rows for name, total in sums.items()}
+class _Segment:
+    """Rows of some steps with their reference, and those with other prompts' completions where the objective asks."""
+
+    def __init__(self, run: _Run, rows: Numbered, *, kept: bool) -> None:
+        self.rows = rows
+        self.reference: Reference | None = None
+        self.mismatched = Numbered(rows.rows, rolled=True) if run.needs.kl else None
+        self.mismatched_reference: Reference | None = None
+        if run.references is not None:
+            with run.accelerator.main_process_first():  # the others read what it has kept
+                of = run.references.of if kept else run.references.of_fresh
+                self.reference = of(rows)
+                self.mismatched_reference = of(self.mismatched) if self.mismatched is not None else None
 
 
-def _total_weight(
-    model: Trainable, objective: Objective, micro: Sequence[TokenBatch], accelerator: Accelerator
-) -> float | None:
-    """Sum of the step's weights over micro-batches and processes; None where one forward pass has them all.
+class _HeldOut:
+    """Evaluation on the validation rows, and the callbacks."""
 
-    Weights are functions of what is scored and not of the parameters, so they come from a stand-in likelihood.
-    """
-    if len(micro) == 1 and accelerator.num_processes == 1:
-        return None
-    weight = sum(float(_weights(model, objective, batch).sum()) for batch in micro)
-    return float(accelerator.reduce(torch.tensor(weight, device=accelerator.device), reduction="sum"))
+    def __init__(self, run: _Run, rows: Rows | None, callbacks: Sequence[Callback]) -> None:
+        self.run, self.callbacks = run, callbacks
+        self.segment = None if rows is None else _Segment(run, Numbered(rows), kept=True)
+        self.wanted = self.segment is not None or bool(callbacks)
+
+    def __call__(self, record: dict[str, Any]) -> float | None:
+        """Add what was measured to `record` and log it; the loss."""
+        if not self.wanted:
+            return None
+        found = None
+        if self.segment is not None:
+            at = self._evaluation(self.segment)
+            found = at.loss
+            record["validation"] = found
+            record |= {f"validation_{name}": value for name, value in at.metrics.items()}
+            if self.run.config.eval_every:
+                self.run.files.keep_best(found, int(record["step"]))
+        for callback in self.callbacks:
+            callback(int(record["step"]), self.run.model, record)
+        self.run.files.write(record)
+        return found
+
+    def loss(self) -> float | None:
+        """The loss alone."""
+        return None if self.segment is None else self._evaluation(self.segment).loss
+
+    def _evaluation(self, segment: _Segment) -> Evaluation:
+        return evaluate(
+            self.run.model,
+            self.run.objective,
+            segment.rows.rows,
+            batch_size=self.run.config.micro,
+            reference=segment.reference,
+            mismatched_reference=segment.mismatched_reference,
+        )
 
 
-def _weights(model: Trainable, objective: Objective, batch: TokenBatch) -> Tensor:
-    scored = batch.scored_mask & batch.attention_mask
-    like: Any = model
-    flat = LogLikelihood.from_per_unit(torch.zeros(scored.shape), scored.cpu(), kind=like.kind, unit=like.unit)
-    terms: Terms = objective(flat)
-    return terms.weight
+def _described(objective: Objective) -> dict[str, Any]:
+    """An objective by its name and settings, for comparison on resume."""
+    settings: dict[str, Any] = {}
+    if isinstance(objective, partial):
+        settings = {k: v for k, v in objective.keywords.items() if isinstance(v, int | float | str | bool | None)}
+    elif is_dataclass(objective) and not isinstance(objective, type):
+        settings = {f.name: getattr(objective, f.name) for f in fields(objective)}
+    return {"name": objective_name(objective), **settings}
 
 
 def _optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -218,25 +317,3 @@ def _optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=config.betas)
-
-
-def _prepare(
-    out: Path, config: TrainConfig, module: nn.Module, optimizer: torch.optim.Optimizer, *, resume: bool
-) -> tuple[int, float, Path]:
-    """Make `out`, restore its newest checkpoint if asked; returns the first step, the loss so far and the log file."""
-    out.mkdir(parents=True, exist_ok=True)
-    log = out / "log.jsonl"
-    checkpoint = latest_checkpoint(out)
-    if checkpoint is None:
-        log.unlink(missing_ok=True)
-        return 0, math.nan, log
-    if not resume:
-        raise InputError(f"{out} holds a run already; pass resume=True to continue it or choose another output")
-    state = load_checkpoint(checkpoint, module=module, optimizer=optimizer)
-    if state["config"] != config.fingerprint():
-        differ = [k for k, v in config.fingerprint().items() if state["config"].get(k) != v]
-        raise InputError(f"{out} was trained with other settings ({', '.join(differ)}); use them or another output")
-    # Lines after the checkpoint belong to steps that will be run again.
-    kept = [line for line in log.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= state["step"]]
-    log.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    return int(state["step"]), float(state["loss"]), log

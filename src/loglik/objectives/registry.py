@@ -1,0 +1,64 @@
+"""Objectives by name, for the command line and `loglik.fit`."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from difflib import get_close_matches
+from functools import partial
+from typing import Any, cast
+
+from loglik.errors import InputError
+from loglik.objectives.base import Objective
+
+__all__ = ["OBJECTIVES", "objective", "settings_of"]
+
+_PREFERENCE = "loglik.objectives.preference"
+_POLICY = "loglik.objectives.policy"
+
+# Names and where they live; imported at first use. A name is a function, or a class whose objects are objectives.
+OBJECTIVES: dict[str, str] = {
+    "mle": "loglik.objectives.supervised.MaximumLikelihood",
+}
+
+
+def settings_of(name: str) -> dict[str, inspect.Parameter]:
+    """The settings of an objective: what may be bound by name.
+
+    Raises:
+        InputError: for an unknown name, with the nearest one.
+    """
+    found = inspect.signature(_find(name)).parameters
+    if isinstance(_find(name), type):
+        return dict(found)
+    return {key: value for key, value in found.items() if value.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def objective(name: str, **settings: Any) -> Objective:
+    """The objective called `name`, with some of its settings bound.
+
+    Raises:
+        InputError: for an unknown objective or setting, with the nearest one, or a value of the wrong type.
+    """
+    known, found = settings_of(name), _find(name)
+    for key, value in settings.items():
+        if key not in known:
+            near = get_close_matches(key, known, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"{name} has no setting {key!r}{hint} (it has {', '.join(known) or 'none'})")
+        default = known[key].default
+        if isinstance(default, bool) != isinstance(value, bool) and isinstance(default, int | float):
+            raise InputError(f"{name}: {key} must be a {type(default).__name__}, got {value!r}")
+        if isinstance(default, int | float) and not isinstance(value, int | float):
+            raise InputError(f"{name}: {key} must be a number, got {value!r}")
+    made = found(**settings) if isinstance(found, type) else partial(found, **settings) if settings else found
+    return cast("Objective", made)
+
+
+def _find(name: str) -> Any:
+    if name not in OBJECTIVES:
+        near = get_close_matches(name.lower().replace("-", "_"), OBJECTIVES, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise InputError(f"unknown objective {name!r}; {hint}choose from {', '.join(sorted(OBJECTIVES))}")
+    module, attribute = OBJECTIVES[name].rsplit(".", 1)
+    return getattr(importlib.import_module(module), attribute)
