@@ -13,6 +13,7 @@ from loglik import __version__
 from loglik.cli.demo import Demo
 from loglik.cli.papers import Papers
 from loglik.cli.score import Score
+from loglik.cli.train import Train
 from loglik.errors import LoglikError
 from loglik.progress import stderr_console
 
@@ -21,6 +22,7 @@ __all__ = ["main"]
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Score, tyro.conf.subcommand("score")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Papers, tyro.conf.subcommand("papers")]
 )
 

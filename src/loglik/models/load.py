@@ -46,8 +46,9 @@ def load(
     """Load a model and its tokenizer.
 
     Args:
-        name_or_dir: ``"tiny"`` (shipped with the package), a directory written by `save_pretrained`, or the name of a
-            repository on the model hub, which is downloaded unless it is cached.
+        name_or_dir: ``"tiny"`` (shipped with the package), a directory written by `save_pretrained` (of a model, or of
+            a PEFT adapter that names its base model), or the name of a repository on the model hub, which is downloaded
+            unless it is cached.
         family: ``causal``, ``seq2seq`` or ``masked``; read from the configuration if not given.
         dtype: of the weights. Log-softmax and sums are float32 or better in any case.
         device: ``"cpu"``, ``"cuda"``, ...; a GPU if there is one.
@@ -66,6 +67,8 @@ def load(
     if is_local and (where / "loglik_ngram.json").is_file():
         ngram: TextModel = NGramLM.from_pretrained(where)
         return ngram
+    if is_local and (where / "adapter_config.json").is_file() and not (where / "config.json").is_file():
+        return _adapted(where, family=family, dtype=dtype, device=device, revision=revision)
     source = str(where) if is_local else str(name_or_dir)
     config = _config(source, is_local=is_local, revision=revision)
     kind = family or _family(config, source)
@@ -78,6 +81,25 @@ def load(
     if kind == "seq2seq":
         return Seq2SeqLM(model, tokenizer)
     return MaskedLM(model, tokenizer, variant=pll)
+
+
+def _adapted(where: Path, *, family: Family | None, dtype: Any, device: Any, revision: str | None) -> TextModel:
+    """The base model that an adapter names, with the adapter on it."""
+    from peft import PeftModel
+
+    try:
+        named = json.loads((where / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise InputError(f"the adapter in {where} has no readable configuration ({_first(error)})") from None
+    if not named:
+        raise InputError(f"the adapter in {where} does not name its base model; write it into adapter_config.json")
+    base: Any = load(named, family=family, dtype=dtype, device=device, revision=revision)
+    try:
+        network = PeftModel.from_pretrained(base.model, str(where)).eval()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"the adapter in {where} does not fit its base model {named!r} ({_first(error)})") from None
+    adapted: TextModel = type(base)(network, base.tokenizer)
+    return adapted
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:

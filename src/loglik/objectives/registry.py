@@ -13,12 +13,34 @@ from loglik.objectives.base import Objective
 
 __all__ = ["OBJECTIVES", "objective", "settings_of"]
 
-_PREFERENCE = "loglik.objectives.preference"
-_POLICY = "loglik.objectives.policy"
+_HOMES = {
+    "preference": (
+        "apo_down",
+        "apo_zero",
+        "bco_pair",
+        "dpo",
+        "exo_pair",
+        "hinge_norm",
+        "ipo",
+        "length_normalised_dpo",
+        "nca_pair",
+        "robust_dpo",
+        "sigmoid_norm",
+        "sppo_hard",
+    ),
+    "reference_free": ("cpo", "hinge", "orpo", "simpo", "slic"),
+    "token_preference": ("tab_po",),
+    "unpaired": ("implicit_reward_ce", "kto"),
+    "policy": ("brain", "dpg", "gdc_pp", "nash_md_pg", "ppo_clip", "reinforce"),
+    "weighted": ("best_of_n", "reward_weighted_regression"),
+    "smoothing": ("label_smoothed_nll",),
+    "edit_invariant": ("edit_invariant",),
+}
 
 # Names and where they live; imported at first use. A name is a function, or a class whose objects are objectives.
 OBJECTIVES: dict[str, str] = {
     "mle": "loglik.objectives.supervised.MaximumLikelihood",
+    **{name: f"loglik.objectives.{home}.{name}" for home, names in _HOMES.items() for name in names},
 }
 
 
