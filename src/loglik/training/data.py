@@ -193,20 +193,31 @@ class StepSampler(Sampler[list[int]]):
     """Micro-batches of row numbers for steps `first` to `last`, each a function of the seed and the step alone.
 
     Every epoch is a permutation seeded by (seed, epoch); steps run over the concatenated epochs. Starting at any step
-    gives the same batches as running up to it, so that a resumed run sees what an uninterrupted one would have.
+    gives the same batches as running up to it, so that a resumed run sees what an uninterrupted one would have. Of
+    several processes, each takes every so manieth micro-batch of a step.
     """
 
     def __init__(
-        self, rows: int, *, batch_size: int, micro_batch_size: int, first: int, last: int, seed: int | tuple[int, ...]
+        self,
+        rows: int,
+        *,
+        batch_size: int,
+        micro_batch_size: int,
+        first: int,
+        last: int,
+        seed: int | tuple[int, ...],
+        process: int = 0,
+        processes: int = 1,
     ) -> None:
         if rows < 1:
             raise InputError("there is no row to train on")
         self.rows, self.batch_size, self.micro_batch_size = rows, batch_size, micro_batch_size
         self.first, self.last = first, last
         self.seed = seed if isinstance(seed, tuple) else (seed,)
+        self.process, self.processes = process, processes
 
     def __len__(self) -> int:
-        return (self.last - self.first) * -(-self.batch_size // self.micro_batch_size)
+        return (self.last - self.first) * -(-self.batch_size // self.micro_batch_size) // self.processes
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, order = -1, np.empty(0, dtype=np.int64)
@@ -217,8 +228,8 @@ class StepSampler(Sampler[list[int]]):
                     epoch = position // self.rows
                     order = np.random.default_rng((*self.seed, epoch)).permutation(self.rows)
                 batch.append(int(order[position % self.rows]))
-            for begin in range(0, self.batch_size, self.micro_batch_size):
-                yield batch[begin : begin + self.micro_batch_size]
+            micro = [batch[i : i + self.micro_batch_size] for i in range(0, self.batch_size, self.micro_batch_size)]
+            yield from micro[self.process :: self.processes]
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

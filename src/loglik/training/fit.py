@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -127,7 +127,6 @@ class _Run:
         self.needs: Needs = needs_of(objective)
         self.accelerator = Accelerator(
             mixed_precision=config.precision,
-            dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
             log_with=list(config.report_to) or None,
             project_dir=str(out),
         )
@@ -216,11 +215,13 @@ class _Run:
                 last=end,
                 # Rows drawn anew are another data set, with an order of its own.
                 seed=config.seed if online is None else (config.seed, begin // online.every),
+                process=self.accelerator.process_index,
+                processes=self.accelerator.num_processes,
             )
-            loader = self.accelerator.prepare(DataLoader(segment.rows, batch_sampler=sampler, collate_fn=collate))
-            batches = iter(loader)
+            batches = iter(DataLoader(segment.rows, batch_sampler=sampler, collate_fn=collate))
             for step in range(begin, end):
-                yield step, segment, [next(batches) for _ in range(self.per_step)]
+                micro = [next(batches).to(self.accelerator.device) for _ in range(self.per_step)]
+                yield step, segment, micro
             begin = end
 
     def _collect(self, online: Online, begin: int, kept: Any) -> Numbered:
