@@ -270,7 +270,7 @@ def test_needs_are_read_off_the_signature():
 
 def test_rows_that_do_not_fit_the_objective_are_refused_before_training(tmp_path):
     single = [Row([3], ([4, 5],), name="line 1")]
-    with pytest.raises(InputError, match=r"chosen and a rejected.*line 1 has 1"):
+    with pytest.raises(InputError, match=r"two completions.*line 1 has 1"):
         fit(policy(), dpo, single, config(), output=tmp_path / "a")
     with pytest.raises(InputError, match="'labels'"):
         fit(policy(), kto, single, config(), output=tmp_path / "b")

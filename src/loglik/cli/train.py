@@ -112,7 +112,7 @@ class Train:
         model = self._model()
         data = self._read(self.data, model)
         validation = self._read(self.validation, model).rows if self.validation is not None else None
-        steps = self.steps or max(1, math.ceil(self.epochs * len(data.rows) / self.batch_size))
+        steps = self.steps or self._steps(len(data.rows))
         config = TrainConfig(
             steps=steps,
             batch_size=self.batch_size,
@@ -158,6 +158,13 @@ class Train:
             settings = LoraSettings(self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_targets)
             model = with_lora(model, settings, base=self.model)
         return model
+
+    def _steps(self, rows: int) -> int:
+        if not 0 < self.epochs < math.inf:
+            raise InputError(f"--epochs must be positive, got {self.epochs}")
+        if self.batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, got {self.batch_size}")
+        return max(1, math.ceil(self.epochs * rows / self.batch_size))
 
     def _read(self, source: str, model: Any) -> TrainingData:
         from loglik.training.read import read_training_data

@@ -96,7 +96,7 @@ class CausalLM:
 
     def _scored(self, packed: TokenBatch) -> tuple[Tensor, Tensor]:
         """Log-probabilities and greedy match of the scored tokens of left-aligned rows, row by row."""
-        if packed.groups is not None and self.trunk is not None and self.forward_path().path == "packed":
+        if packed.groups is not None and self.trunk is not None and self._shares():
             return shared_scores(self.trunk, packed, narrows=self.forward_path().narrows)
         picked = packed.scored_mask[:, 1:]
         targets = packed.ids[:, 1:][picked]
@@ -107,6 +107,13 @@ class CausalLM:
         hidden = self._hidden(self.trunk, inputs, packed.attention_mask.sum(1) - 1)[picked]
         chosen, first, _ = self.trunk.log_probs(hidden, targets)
         return chosen, first
+
+    def _shares(self) -> bool:
+        """Whether prompts can be computed once for all their completions."""
+        network = self.model
+        # Layers that run again in the backward pass would run without the tree.
+        again = network.training and getattr(network, "is_gradient_checkpointing", False)
+        return not again and self.forward_path().path == "packed"
 
     def next_log_probs(self, prefix: TokenBatch) -> Tensor:
         """(B, V) log-probabilities of the token after each row, float32 or better, nats; rows must not be empty."""

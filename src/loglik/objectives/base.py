@@ -8,6 +8,8 @@ them by name:
 ``reference``                          the same under the frozen reference
 ``chosen``, ``rejected``               log-likelihoods (B,) of a preference pair under the policy
 ``reference_chosen/_rejected``         the same under the frozen reference
+``real``, ``fake``                     log-likelihoods (B,) of data and of samples, the completions of one row in turn
+``reference_real/_fake``               the same under the frozen reference
 ``groups``                             (N,) long, the row (prompt) that each completion belongs to, ascending
 ``labels``                             (N,) bool, whether a completion is desirable (correct, loved)
 ``rewards``                            (N,) float, a number per completion, higher is better
@@ -56,6 +58,10 @@ INPUTS = (
     "rejected",
     "reference_chosen",
     "reference_rejected",
+    "real",
+    "fake",
+    "reference_real",
+    "reference_fake",
     "groups",
     "labels",
     "rewards",

@@ -30,6 +30,7 @@ _HOMES = {
     ),
     "reference_free": ("cpo", "hinge", "orpo", "simpo", "slic"),
     "token_preference": ("tab_po",),
+    "density_ratio": ("ddo",),
     "unpaired": ("implicit_reward_ce", "kto"),
     "policy": ("brain", "dpg", "gdc_pp", "nash_md_pg", "ppo_clip", "reinforce"),
     "weighted": ("best_of_n", "reward_weighted_regression"),

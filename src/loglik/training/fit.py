@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import DataLoader
@@ -78,7 +79,7 @@ def fit(
     config: TrainConfig,
     *,
     output: str | Path,
-    reference: Any | Literal["auto"] = "auto",
+    reference: Any | Literal["auto", "initial"] = "auto",
     reference_cache: str | Path | None = None,
     validation: Rows | None = None,
     callbacks: Sequence[Callback] = (),
@@ -100,7 +101,8 @@ def fit(
         output: directory of ``log.jsonl``, ``checkpoint-*`` and, at the end, the model for `from_pretrained`.
         reference: the frozen reference, where the objective needs one: a model, or anything callable that gives the
             log-likelihoods of a batch. ``auto``: numbers that the rows bring along, else the policy without its
-            adapter, else the policy as it is now, whose log-likelihoods are computed once and kept on disk.
+            adapter, else the policy as it is now, whose log-likelihoods are computed once and kept on disk. Objectives
+            that can do without get one only if it is named here; ``initial`` names the policy as it is now.
         reference_cache: directory of such log-likelihoods, keyed by weights and rows; ``output/reference`` by default.
         validation: rows whose mean loss and metrics are logged.
         callbacks: called at every evaluation with (step, model, record); may add numbers to the record.
@@ -113,10 +115,14 @@ def fit(
     """
     chosen = named_objective(objective) if isinstance(objective, str) else objective
     run = _Run(model, chosen, config, Path(output))
-    if run.needs.reference:
+    if run.needs.reference or ("reference" in run.needs.optional and not _is_auto(reference)):
         cache = Path(reference_cache) if reference_cache else Path(output) / "reference"
         run.references = References(objective_name(chosen), model, reference, batch_size=config.micro, cache=cache)
     return run.train(data, validation, callbacks, resume=resume)
+
+
+def _is_auto(reference: Any) -> bool:
+    return reference is None or (isinstance(reference, str) and reference == "auto")
 
 
 class _Run:
@@ -125,6 +131,8 @@ class _Run:
     def __init__(self, model: Trainable, objective: Objective, config: TrainConfig, out: Path) -> None:
         self.model, self.objective, self.config = model, objective, config
         self.needs: Needs = needs_of(objective)
+        if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.precision:
+            AcceleratorState._reset_state()  # else a process could only ever train in the precision of its first run
         self.accelerator = Accelerator(
             mixed_precision=config.precision,
             log_with=list(config.report_to) or None,

@@ -17,7 +17,7 @@ from loglik.training.data import RowBatch, first_completions
 
 __all__ = ["Needs", "needs_of", "objective_name", "terms_of"]
 
-_PAIR = ("chosen", "rejected", "reference_chosen", "reference_rejected", "chosen_weights", "rejected_weights")
+_PAIR = ("chosen", "rejected", "real", "fake")
 _VALUES = ("labels", "rewards", "proposal", "preferences")
 
 
@@ -35,7 +35,7 @@ class Needs:
 
     @property
     def pairs(self) -> bool:
-        """Rows must be a chosen and a rejected completion."""
+        """Rows must have two completions: chosen and rejected, or real and fake."""
         return any(name in _PAIR for name in self.required)
 
     @property
@@ -63,7 +63,7 @@ class Needs:
             wrong = (batch.counts != 2).nonzero().flatten().tolist()
             if wrong:
                 raise InputError(
-                    f"{method} compares a chosen and a rejected completion; {batch.names[wrong[0]]} has "
+                    f"{method} compares two completions (chosen and rejected) a row; {batch.names[wrong[0]]} has "
                     f"{int(batch.counts[wrong[0]])}"
                 )
         for name in _VALUES:
@@ -148,6 +148,10 @@ _SUPPLY: dict[str, _Supply] = {
     "rejected": lambda batch, policy, reference: _rows(policy, batch, 1),
     "reference_chosen": lambda batch, policy, reference: _rows(reference, batch, 0),
     "reference_rejected": lambda batch, policy, reference: _rows(reference, batch, 1),
+    "real": lambda batch, policy, reference: _rows(policy, batch, 0),
+    "fake": lambda batch, policy, reference: _rows(policy, batch, 1),
+    "reference_real": lambda batch, policy, reference: _rows(reference, batch, 0),
+    "reference_fake": lambda batch, policy, reference: _rows(reference, batch, 1),
     "groups": lambda batch, policy, reference: torch.repeat_interleave(batch.counts),
     "labels": lambda batch, policy, reference: _labels(batch),
     "rewards": lambda batch, policy, reference: batch.values.get("rewards"),

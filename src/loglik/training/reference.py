@@ -151,7 +151,7 @@ class References:
     Args:
         method: the objective's name, for the refusal.
         policy: the model that will be trained.
-        given: ``auto``, a model, or a `Reference`.
+        given: ``auto`` or ``initial`` (the policy as it is), a model, or a `Reference`.
         batch_size: rows per forward pass.
         cache: directory of log-likelihoods computed once.
 
@@ -169,8 +169,8 @@ class References:
                 "a model"
             )
         if isinstance(given, str):
-            if given != "auto":
-                raise InputError(f"reference must be 'auto', a model or a function of a batch, got {given!r}")
+            if given not in ("auto", "initial"):
+                raise InputError(f"reference must be 'auto', 'initial', a model or a function, got {given!r}")
             if has_adapter(policy):
                 self.live = AdapterOff(policy)
             else:
@@ -199,8 +199,10 @@ class References:
     def freeze(self) -> None:
         """Copy the policy if it is its own reference: rows to come will ask for it when it has changed."""
         if isinstance(self.live, ModelReference) and self.live.model is self.policy:
-            copied = copy.deepcopy(self.policy.model).requires_grad_(False)
-            self.live = ModelReference(type(self.policy)(copied, self.policy.tokenizer))
+            # The copy shares the tokenizer: it does not change.
+            copied = copy.deepcopy(self.policy, {id(self.policy.tokenizer): self.policy.tokenizer})
+            copied.model.requires_grad_(False)
+            self.live = ModelReference(copied)
 
 
 def stored(

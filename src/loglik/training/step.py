@@ -42,7 +42,7 @@ class Loss(nn.Module):
         model, objective, needs = self._rest
         extra: dict[str, Any] = {"kl": kl, "model": model}
         # An objective on the model itself makes its own forward pass, unless it asks for likelihoods too.
-        wanted = any(name in ("policy", "chosen", "rejected") for name in needs.required)
+        wanted = any(name in ("policy", "chosen", "rejected", "real") for name in needs.required)
         policy = model.log_prob(batch.tokens) if wanted else None
         return terms_of(objective, needs, batch, policy, reference, extra)
 
