@@ -124,7 +124,7 @@ def _child(folder: Path, threads: int) -> None:
     run = PEERS[task["peer"]].prepare(model, tokenizer, workload.name, task["setting"])
     with torch.inference_mode():
         run([("", "To be, or not")] if workload.name == "e" else [("To be,", " or not")])
-        with _peak() as above:
+        with peak() as above:
             run(workload.pairs)
     (folder / "result.json").write_text(json.dumps({"mib": above(), "rows": len(workload.pairs), "how": above.how}))
 
@@ -141,7 +141,7 @@ class _Above:
 
 
 @contextlib.contextmanager
-def _peak() -> Iterator[_Above]:
+def peak() -> Iterator[_Above]:
     """The kernel's high-water mark, reset at the start; where it cannot be reset, a thread that looks every 2 ms."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):

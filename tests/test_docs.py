@@ -25,12 +25,15 @@ import tyro
 
 import loglik
 from loglik.cli import Command, main
+from loglik.cli.audit import AuditPreferences
 from loglik.cli.demo import Demo
 from loglik.cli.papers import Papers
+from loglik.cli.reproduce import Reproduce
 from loglik.cli.score import Score
+from loglik.cli.train import Train
 from loglik.kinds import Kind
 from loglik.papers import papers
-from loglik.papers.catalogue import status
+from loglik.papers.catalogue import status, verdict
 from loglik.scoring.rows import COLUMNS, PER_TOKEN_COLUMNS, PER_WORD_COLUMNS
 from loglik.training import TrainConfig
 
@@ -38,7 +41,14 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PACKAGE = Path(loglik.__file__).parent
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-COMMANDS = {"demo": Demo, "score": Score, "papers": Papers}
+COMMANDS = {
+    "demo": Demo,
+    "score": Score,
+    "train": Train,
+    "audit": AuditPreferences,
+    "papers": Papers,
+    "reproduce": Reproduce,
+}
 
 FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^(?P=indent)```[ ]*$", re.MULTILINE | re.DOTALL
@@ -341,7 +351,9 @@ def test_table_of_papers_is_the_catalogue():
     assert page.count(hooks.MARKER) == 1
     cells = _Cells()
     cells.feed(hooks.on_page_markdown(page).split(hooks.MARKER)[0].partition("<table>")[2])
-    expected = [[p.id, p.title, p.month, p.kind, status(p), p.description] for p in papers()]
+    expected = [
+        [p.id, p.title, p.month, p.kind, status(p), verdict(p, ROOT / "reproductions"), p.description] for p in papers()
+    ]
     assert [[unescape(cell).rstrip("\n") for cell in row] for row in cells.rows[1:]] == expected
     assert len(expected) == 128
     assert cells.links == [f"https://arxiv.org/abs/{p.arxiv}" for p in papers() if p.arxiv is not None]

@@ -10,8 +10,10 @@ import tyro
 from rich.text import Text
 
 from loglik import __version__
+from loglik.cli.audit import AuditPreferences
 from loglik.cli.demo import Demo
 from loglik.cli.papers import Papers
+from loglik.cli.reproduce import Reproduce
 from loglik.cli.score import Score
 from loglik.cli.train import Train
 from loglik.errors import LoglikError
@@ -23,7 +25,9 @@ Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Score, tyro.conf.subcommand("score")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[AuditPreferences, tyro.conf.subcommand("audit")]
     | Annotated[Papers, tyro.conf.subcommand("papers")]
+    | Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
 )
 
 

@@ -32,12 +32,12 @@ def save_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     names: dict[torch.Tensor, str] = {parameter: name for name, parameter in _trained(module).items()}
-    weights = {name: parameter.detach().contiguous().clone() for parameter, name in names.items()}
-    weights |= {f"buffer:{name}": buffer.contiguous().clone() for name, buffer in module.named_buffers()}
+    weights = {name: parameter.detach().contiguous() for parameter, name in names.items()}
+    weights |= {f"buffer:{name}": buffer.contiguous() for name, buffer in module.named_buffers()}
     slots: dict[str, torch.Tensor] = {}
     for parameter, entries in optimizer.state.items():
         for slot, value in entries.items():
-            slots[f"{names[parameter]}:{slot}"] = torch.as_tensor(value).detach().contiguous().clone()
+            slots[f"{names[parameter]}:{slot}"] = torch.as_tensor(value).detach().contiguous()
     save_file(weights, partial / "weights.safetensors")
     save_file(slots, partial / "optimizer.safetensors")
     (partial / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
