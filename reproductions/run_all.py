@@ -1,34 +1,33 @@
-"""Run every reproduction: a folder each, whose ``run.py`` writes ``results.json`` and returns a verdict.
+"""Run reproductions: each folder's ``run.py`` prints and writes its results and returns a verdict.
 
-make reproduce                                  # all
-python reproductions/run_all.py embedded_tiny   # by folder
+make reproduce                                   # all
+python reproductions/run_all.py P023 P101        # by paper
+python reproductions/run_all.py embedded_tiny    # by folder
+python reproductions/run_all.py P023 --seeds 10  # with more seeds than the claim states
 """
 
 from __future__ import annotations
 
-import importlib.util
+import argparse
 import sys
 from pathlib import Path
+
+from loglik.cli.reproduce import Reproduce
+from loglik.errors import InputError
 
 HERE = Path(__file__).parent
 
 
-def main(names: list[str]) -> None:
-    folders = {path.parent.name: path for path in sorted(HERE.glob("*/run.py"))}
-    unknown = [name for name in names if name not in folders]
-    if unknown:
-        sys.exit(f"unknown reproduction {unknown[0]!r}; choose from {', '.join(folders)}")
-    verdicts = {}
-    for name in names or list(folders):
-        spec = importlib.util.spec_from_file_location(f"reproduce_{name}", folders[name])
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        print(f"== {name}", flush=True)
-        verdicts[name] = module.main()
-    for name, verdict in verdicts.items():
-        print(f"{name}: {verdict}")
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="papers (P023) or folders; all by default")
+    parser.add_argument("--seeds", type=int, help="how many seeds; as many as each claim states by default")
+    given = parser.parse_args(arguments)
+    try:
+        Reproduce(tuple(given.names), all=not given.names, reproductions=HERE, seeds=given.seeds).run()
+    except InputError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ class CausalLM:
         """Whether prompts can be computed once for all their completions."""
         network = self.model
         # Layers that run again in the backward pass would run without the tree.
-        again = network.training and getattr(network, "is_gradient_checkpointing", False)
+        again = network.training and any(getattr(m, "gradient_checkpointing", False) for m in network.modules())
         return not again and self.forward_path().path == "packed"
 
     def next_log_probs(self, prefix: TokenBatch) -> Tensor:
