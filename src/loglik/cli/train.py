@@ -147,7 +147,11 @@ class Train:
     def _model(self) -> Any:
         from loglik.models.load import load
 
-        model: Any = load(self.model, dtype=self.dtype, device=self.device)
+        model: Any
+        if self.objective in ("bradley_terry", "binary_feedback"):
+            model = _reward_model(self.model, self.dtype, self.device, self.seed)
+        else:
+            model = load(self.model, dtype=self.dtype, device=self.device)
         if not hasattr(getattr(model, "model", None), "parameters"):
             raise InputError(f"{self.model} has no weights that a gradient could change: give a neural model")
         if self.gradient_checkpointing:
@@ -188,6 +192,21 @@ class Train:
         if validation is None:
             raise InputError("--monitor watches validation pairs: give --validation")
         return [PreferenceMonitor(validation, batch_size=self.micro_batch_size or self.batch_size)]
+
+
+def _reward_model(name: str, dtype: str, device: str | None, seed: int) -> Any:
+    """A reward model that was saved, or a new one on the weights of a language model."""
+    from loglik.models.causal import CausalLM
+    from loglik.models.load import DTYPES, load
+    from loglik.models.reward import RewardModel
+
+    saved = Path(name) / "config.json"
+    if saved.is_file() and "ForSequenceClassification" in saved.read_text(encoding="utf-8"):
+        return RewardModel.from_pretrained(name, dtype=DTYPES[dtype], device=device)
+    base = load(name, dtype=dtype, device=device)
+    if not isinstance(base, CausalLM):
+        raise InputError(f"a reward model is made of a causal language model, and {name} is another kind")
+    return RewardModel.from_causal(base, seed=seed)
 
 
 def _setting(text: str) -> tuple[str, Any]:

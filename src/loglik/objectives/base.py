@@ -12,7 +12,8 @@ them by name:
 ``reference_real/_fake``               the same under the frozen reference
 ``groups``                             (N,) long, the row (prompt) that each completion belongs to, ascending
 ``labels``                             (N,) bool, whether a completion is desirable (correct, loved)
-``rewards``                            (N,) float, a number per completion, higher is better
+``rewards``                            (N,) float, higher is better: of the rows, or of the reward model that is trained
+``chosen_rewards/rejected_rewards``    (B,) float, what the reward model that is trained gives to a pair
 ``proposal``                           (N,) float, log-probability of each completion under the sampler that drew it
 ``preferences``                        (B,) float, probability that the chosen one is preferred
 ``chosen_weights/rejected_weights``    (B, T) float, weights of the tokens, aligned with ``per_unit``
@@ -65,6 +66,8 @@ INPUTS = (
     "groups",
     "labels",
     "rewards",
+    "chosen_rewards",
+    "rejected_rewards",
     "proposal",
     "preferences",
     "chosen_weights",

@@ -17,8 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from loglik.errors import InputError
-from loglik.likelihood import LogLikelihood
-from loglik.models.batch import TokenBatch
+from loglik.models.reward import RewardModel
 from loglik.objectives.base import Objective
 from loglik.objectives.registry import objective as named_objective
 from loglik.progress import bar
@@ -36,13 +35,10 @@ __all__ = ["Callback", "FitResult", "Trainable", "fit"]
 
 
 class Trainable(Protocol):
-    """A model whose `log_prob` is differentiable in the parameters of `model`."""
+    """A model whose `log_prob` (or whose `rewards`) is differentiable in the parameters of `model`."""
 
     model: Any
     tokenizer: Any
-
-    def log_prob(self, x: TokenBatch) -> LogLikelihood:
-        """Labelled log-likelihoods of a batch."""
 
 
 # Called at every evaluation with the step, the model and the record that is about to be logged; may add to it.
@@ -131,6 +127,8 @@ class _Run:
     def __init__(self, model: Trainable, objective: Objective, config: TrainConfig, out: Path) -> None:
         self.model, self.objective, self.config = model, objective, config
         self.needs: Needs = needs_of(objective)
+        if isinstance(model, RewardModel) and (self.needs.likelihoods or self.needs.reference):
+            raise InputError(f"{objective_name(objective)} needs likelihoods, and a reward model has none")
         if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.precision:
             AcceleratorState._reset_state()  # else a process could only ever train in the precision of its first run
         self.accelerator = Accelerator(

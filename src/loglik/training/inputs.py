@@ -17,7 +17,7 @@ from loglik.training.data import RowBatch, first_completions
 
 __all__ = ["Needs", "needs_of", "objective_name", "terms_of"]
 
-_PAIR = ("chosen", "rejected", "real", "fake")
+_PAIR = ("chosen", "rejected", "real", "fake", "chosen_rewards", "rejected_rewards")
 _VALUES = ("labels", "rewards", "proposal", "preferences")
 
 
@@ -49,11 +49,16 @@ class Needs:
         return "kl" in self.required
 
     @property
+    def likelihoods(self) -> bool:
+        """Log-likelihoods under the policy are needed."""
+        return any(name in ("policy", "chosen", "rejected", "real") for name in self.required)
+
+    @property
     def model(self) -> bool:
         """The model itself is needed: more than log-likelihoods."""
         return "model" in self.required
 
-    def check_rows(self, batch: RowBatch, method: str) -> None:
+    def check_rows(self, batch: RowBatch, method: str, predicted: Tensor | None = None) -> None:
         """Refuse rows that lack what is needed.
 
         Raises:
@@ -67,7 +72,7 @@ class Needs:
                     f"{int(batch.counts[wrong[0]])}"
                 )
         for name in _VALUES:
-            if name in self.required and name not in batch.values:
+            if name in self.required and name not in batch.values and (name != "rewards" or predicted is None):
                 raise InputError(f"{method} needs {name!r} for every row, and {batch.names[0]} or a later one has none")
 
 
@@ -113,16 +118,25 @@ def terms_of(
         batch: the rows.
         policy: (N,) log-likelihoods of their completions; None for objectives that work on the model itself.
         reference: (N,) under the reference, or None.
-        extra: `kl`, `model` and `batch`, where needed.
+        extra: `kl` and `model`, where needed, and `rewards` (N,) of a reward model.
     """
-    needs.check_rows(batch, objective_name(objective))
+    predicted = extra.get("rewards")
+    needs.check_rows(batch, objective_name(objective), predicted)
     given: dict[str, Any] = {}
+    if predicted is not None:
+        first = first_completions(batch.counts)
+        extra = {**extra, "chosen_rewards": predicted[first]}
+        if needs.pairs:
+            extra["rejected_rewards"] = predicted[first + 1]
     for name in (*needs.required, *needs.optional):
         value = extra[name] if name in extra else _SUPPLY[name](batch, policy, reference)
         if value is not None:
             given[name] = value
         elif name in needs.required:
-            raise InputError(f"{objective_name(objective)} needs {name!r}, and there is none")
+            raise InputError(
+                f"{objective_name(objective)} needs {name!r}, and there is none"
+                + (": it trains a RewardModel" if name.endswith("_rewards") else "")
+            )
     return objective(**given)
 
 
@@ -155,6 +169,8 @@ _SUPPLY: dict[str, _Supply] = {
     "groups": lambda batch, policy, reference: torch.repeat_interleave(batch.counts),
     "labels": lambda batch, policy, reference: _labels(batch),
     "rewards": lambda batch, policy, reference: batch.values.get("rewards"),
+    "chosen_rewards": lambda batch, policy, reference: None,
+    "rejected_rewards": lambda batch, policy, reference: None,
     "proposal": lambda batch, policy, reference: batch.values.get("proposal"),
     "preferences": lambda batch, policy, reference: batch.values.get("preferences"),
     "chosen_weights": lambda batch, policy, reference: _weights(batch, 0),

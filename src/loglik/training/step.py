@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from loglik.errors import InputError, LoglikError
 from loglik.likelihood import LogLikelihood
+from loglik.models.reward import RewardModel
 from loglik.objectives.base import Objective, Terms
 from loglik.training.config import TrainConfig
 from loglik.training.data import Numbered, RowBatch
@@ -41,18 +42,24 @@ class Loss(nn.Module):
         """Terms of a batch."""
         model, objective, needs = self._rest
         extra: dict[str, Any] = {"kl": kl, "model": model}
+        if isinstance(model, RewardModel):
+            extra["rewards"] = model.rewards(batch.tokens)
         # An objective on the model itself makes its own forward pass, unless it asks for likelihoods too.
-        wanted = any(name in ("policy", "chosen", "rejected", "real") for name in needs.required)
-        policy = model.log_prob(batch.tokens) if wanted else None
+        policy = model.log_prob(batch.tokens) if needs.likelihoods else None
         return terms_of(objective, needs, batch, policy, reference, extra)
 
     def standing_in(self, batch: RowBatch) -> Terms:
         """Terms of a batch in which every log-probability is 0: their weights are those of the batch."""
         model, objective, needs = self._rest
         scored = (batch.tokens.scored_mask & batch.tokens.attention_mask).cpu()
-        flat = LogLikelihood.from_per_unit(torch.zeros(scored.shape), scored, kind=model.kind, unit=model.unit)
+        extra: dict[str, Any] = {"kl": torch.zeros(()), "model": model}
+        flat = None
+        if isinstance(model, RewardModel):
+            extra["rewards"] = torch.zeros(len(scored))
+        else:
+            flat = LogLikelihood.from_per_unit(torch.zeros(scored.shape), scored, kind=model.kind, unit=model.unit)
         with torch.no_grad():
-            return terms_of(objective, needs, batch.to("cpu"), flat, flat, {"kl": torch.zeros(()), "model": model})
+            return terms_of(objective, needs, batch.to("cpu"), flat, flat, extra)
 
 
 class Source(Protocol):
