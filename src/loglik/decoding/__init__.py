@@ -1,0 +1,1 @@
+"""Decoders: functions of log-likelihoods that choose or draw sequences."""

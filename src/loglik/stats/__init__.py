@@ -1,0 +1,1 @@
+"""Classical statistical models and exact solvers."""
