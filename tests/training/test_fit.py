@@ -12,9 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from loglik.errors import InputError, LoglikError
+from loglik.likelihood import LogLikelihood
 from loglik.models.batch import TokenBatch
 from loglik.models.causal import CausalLM
-from loglik.objectives import MaximumLikelihood
+from loglik.objectives import MaximumLikelihood, Terms
 from loglik.training import Example, TokenBlocks, TrainConfig, evaluate, fit
 from loglik.training.checkpoint import latest_checkpoint
 from loglik.training.data import StepSampler, collate
@@ -255,3 +256,46 @@ def test_half_written_checkpoints_do_not_count(tmp_path):
 def test_settings_out_of_range(changes, message):
     with pytest.raises(InputError, match=message):
         config(**changes)
+
+
+class Scaled(torch.nn.Module):
+    """An objective with a weight of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_scale = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, policy: LogLikelihood) -> Terms:
+        loss = -policy.value * self.log_scale.exp() - policy.num_units * self.log_scale
+        return Terms(loss, policy.num_units.float())
+
+
+def test_an_objective_with_weights_is_trained_and_kept(tmp_path):
+    """The mean loss exp(s) * nll - s has its minimum at s = -log nll; a resumed run has the same weight."""
+    settings = config(steps=60, learning_rate=0.1, schedule="linear", save_every=20)
+    whole, half, rest = Scaled(), Scaled(), Scaled()
+    data = Rows()
+
+    def frozen() -> CausalLM:
+        model = llama()
+        model.model.requires_grad_(False)
+        return model
+
+    model = frozen()
+    fit(model, whole, data, settings, output=tmp_path / "a")
+    nats = evaluate(model, MaximumLikelihood(), data, batch_size=4).loss
+    assert float(whole.log_scale.detach()) == pytest.approx(-math.log(nats), abs=0.05)
+    first = frozen()
+    log_prob, calls = first.log_prob, []
+
+    def dies(x):
+        calls.append(1)
+        if len(calls) == 50:
+            raise KeyboardInterrupt
+        return log_prob(x)
+
+    first.log_prob = dies
+    with pytest.raises(KeyboardInterrupt):
+        fit(first, half, data, settings, output=tmp_path / "b")
+    fit(frozen(), rest, data, settings, output=tmp_path / "b", resume=True)
+    assert torch.equal(rest.log_scale, whole.log_scale)

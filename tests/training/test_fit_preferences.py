@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from loglik.errors import InputError, LoglikError
 from loglik.models.causal import CausalLM
+from loglik.models.reward import RewardModel
 from loglik.objectives import registry
 from loglik.objectives.base import Terms
 from loglik.objectives.preference import dpo
@@ -299,9 +300,12 @@ def test_every_named_objective_trains(tmp_path):
         for row in pairs(4)
     ]
     for name in registry.OBJECTIVES:
-        model = policy()
+        rewards = name in ("bradley_terry", "binary_feedback")
+        model = RewardModel.from_causal(policy()) if rewards else policy()
         before = weights_of(model)
-        rows = labelled(4) if name in ("mle", "kto", "implicit_reward_ce") else many
+        rows = labelled(4) if name in ("mle", "kto", "implicit_reward_ce", "binary_feedback") else many
+        if name == "edit_invariant":  # n-grams of up to four tokens
+            rows = [Row(r.prompt, ([*r.completions[0], 3, 4, 5, 6],)) for r in many]
         fit(model, name, rows, config(steps=1, warmup_steps=0), output=tmp_path / name)
         moved = max(float((weights_of(model)[key] - value).abs().max()) for key, value in before.items())
         assert moved > 0, name

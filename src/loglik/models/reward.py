@@ -19,6 +19,8 @@ from loglik.progress import quiet_transformers
 
 __all__ = ["RewardModel"]
 
+_ONE_LABEL = {"num_labels": 1, "id2label": {0: "reward"}, "label2id": {"reward": 0}}
+
 
 class RewardModel:
     r"""A scalar reward :math:`r(x, y)` of prompt and completion: ``AutoModelForSequenceClassification``, one label.
@@ -49,7 +51,7 @@ class RewardModel:
         Raises:
             InputError: where transformers knows no such head for the architecture.
         """
-        config = type(model.model.config).from_dict({**model.model.config.to_dict(), "num_labels": 1})
+        config = type(model.model.config).from_dict({**model.model.config.to_dict(), **_ONE_LABEL})
         try:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)

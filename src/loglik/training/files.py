@@ -23,7 +23,8 @@ class RunFiles:
 
     Args:
         out: the directory.
-        model: whose network and tokenizer are saved.
+        model: whose network and tokenizer are saved at the end.
+        trained: everything with weights that are trained, which checkpoints hold.
         accelerator: of the run.
         settings: everything that decides the result, as plain values; a resumed run must share them.
         keep: complete checkpoints to keep.
@@ -34,13 +35,15 @@ class RunFiles:
         self,
         out: Path,
         model: Any,
+        trained: torch.nn.Module,
         accelerator: Accelerator,
         settings: Mapping[str, object],
         *,
         keep: int,
         trackers: bool,
     ) -> None:
-        self.out, self.model, self.accelerator, self.keep, self.trackers = out, model, accelerator, keep, trackers
+        self.out, self.model, self.trained, self.accelerator = out, model, trained, accelerator
+        self.keep, self.trackers = keep, trackers
         self.settings = json.loads(json.dumps(settings))
         self.log = out / "log.jsonl"
         self.best: tuple[float, int] | None = None
@@ -61,7 +64,7 @@ class RunFiles:
             raise InputError(
                 f"{self.out} holds a run already; pass resume=True to continue it or choose another output"
             )
-        state = load_checkpoint(checkpoint, module=self.model.model, optimizer=optimizer)
+        state = load_checkpoint(checkpoint, module=self.trained, optimizer=optimizer)
         differ = [key for key, value in self.settings.items() if state["config"].get(key) != value]
         if differ:
             raise InputError(
@@ -100,7 +103,7 @@ class RunFiles:
         if self.accelerator.is_main_process:
             state = {"step": step, "loss": loss, "config": self.settings, "best": self.best, "rows": rows}
             raw = getattr(optimizer, "optimizer", optimizer)
-            save_checkpoint(self.out, module=self.model.model, optimizer=raw, state=state, keep=self.keep)
+            save_checkpoint(self.out, module=self.trained, optimizer=raw, state=state, keep=self.keep)
         self.accelerator.wait_for_everyone()
 
     def keep_best(self, loss: float, step: int) -> None:

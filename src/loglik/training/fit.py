@@ -91,7 +91,7 @@ def fit(
     Args:
         model: a loglik model around a torch module in `model.model`.
         objective: maps labelled log-likelihoods to `Terms`; a function whose argument names say what it needs, or its
-            name in `loglik.objectives`.
+            name in `loglik.objectives`. The weights of a torch module are trained, and kept in checkpoints, too.
         data: map-style rows, or `Online` for rows that are drawn from the policy as it changes.
         config: settings.
         output: directory of ``log.jsonl``, ``checkpoint-*`` and, at the end, the model for `from_pretrained`.
@@ -145,7 +145,9 @@ class _Run:
         self.loss = Loss(model, objective, self.needs)
         self.references: References | None = None
         settings = config.fingerprint() | {"objective": _described(objective)}
-        self.files = RunFiles(out, model, self.accelerator, settings, keep=config.keep, trackers=bool(config.report_to))
+        self.files = RunFiles(
+            out, model, self.loss, self.accelerator, settings, keep=config.keep, trackers=bool(config.report_to)
+        )
         self.begun = time.monotonic()
 
     def train(
@@ -159,7 +161,8 @@ class _Run:
         held_out = _HeldOut(self, validation, callbacks)
         if online is not None and self.references is not None:
             self.references.freeze()
-        optimizer = _optimizer(module, config)
+        self.loss.to(self.accelerator.device)
+        optimizer = _optimizer(self.loss, config)
         start, loss, kept_rows = files.prepare(optimizer, resume=resume)
         wrapped, optimizer = self.accelerator.prepare(self.loss, optimizer)
         files.begin_tracking()

@@ -90,7 +90,8 @@ def needs_of(objective: Objective) -> Needs:
     """
     required: list[str] = []
     optional: list[str] = []
-    for name, parameter in inspect.signature(objective).parameters.items():
+    called: Any = objective.forward if isinstance(objective, torch.nn.Module) else objective
+    for name, parameter in inspect.signature(called).parameters.items():
         if parameter.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
             continue
         if name not in INPUTS:

@@ -36,6 +36,7 @@ class Loss(nn.Module):
     def __init__(self, model: Any, objective: Objective, needs: Needs) -> None:
         super().__init__()
         self.module = model.model
+        self.objective = objective if isinstance(objective, nn.Module) else None  # it has weights of its own
         self._rest = (model, objective, needs)
 
     def forward(self, batch: RowBatch, reference: LogLikelihood | None, kl: Tensor | None) -> Terms:
@@ -133,7 +134,7 @@ def take_step(
     if correction is not None:
         factor = correction / reduced[1]
         reduced[0] *= factor
-        for parameter in loss.module.parameters():
+        for parameter in loss.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
     result = StepResult(reduced[0], 0.0, _means(list(sums), reduced[4:]), reduced[3] > 0)
@@ -144,7 +145,7 @@ def take_step(
             "look at these rows"
         )
     limit = config.max_grad_norm or math.inf
-    result.grad_norm = float(accelerator.clip_grad_norm_(loss.module.parameters(), limit) or 0.0)
+    result.grad_norm = float(accelerator.clip_grad_norm_(loss.parameters(), limit) or 0.0)
     if not math.isfinite(result.grad_norm) and config.precision != "fp16":  # a scaler tries larger steps on purpose
         names = [name for batch in micro for name in batch.names]
         raise LoglikError(
