@@ -13,6 +13,7 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "reproductions"))
 
 from worlds.arithmetic import PROMPT, Chain, train
+from worlds.diffusion import Denoiser, Draws, distance_and_coverage, fit, moons, noise_errors
 from worlds.enumerable import (
     GRULM,
     Language,
@@ -252,3 +253,74 @@ def test_a_trained_model_knows_the_two_continuations():
     assert nats == pytest.approx(math.log(2), abs=0.05)
     drawn = task.sample(model, task.prompts(2000, generator=seeded(2)), generator=seeded(3))
     assert task.right(drawn).float().mean().item() == pytest.approx(0.5, abs=0.06)
+
+
+# ------------------------------------------------------------------ diffusion
+class Gaussian(Denoiser):
+    """The exact denoiser of data N(mean, 1): the noise that explains where the point is."""
+
+    mean = torch.tensor([1.0, -2.0])
+
+    def forward(self, x, times):
+        signal = self.signal[times][:, None]
+        return (1 - signal).sqrt() * (x - signal.sqrt() * self.mean)
+
+
+def test_an_exact_denoiser_samples_its_data():
+    """Mean and covariance within five standard errors, and the noise it starts from and ends with left."""
+    model = Gaussian()
+    x = model.sample(20_000, generator=seeded())
+    assert (x.mean(0) - model.mean).abs().max() < 5 / math.sqrt(20_000) + 0.01
+    assert (torch.cov(x.T) - torch.eye(2)).abs().max() < 5 * math.sqrt(2 / 20_000) + 0.01
+
+
+def test_noised_points_and_their_errors():
+    model = Denoiser(8)
+    x = moons(4000, generator=seeded())
+    noise = torch.randn(4000, 2, generator=seeded(1))
+    first, last = (Draws(torch.full((4000,), t), noise) for t in (0, 49))
+    assert torch.allclose(model.noised(x, first), x, atol=0.05)
+    assert torch.allclose(model.noised(x, last), noise, atol=0.3)
+    assert model.signal[-1].item() == pytest.approx(math.prod((1 - torch.linspace(1e-4, 0.2, 50)).tolist()), rel=1e-5)
+    scored = noise_errors(model, x, last)
+    assert (scored.kind, scored.unit) == (Kind.SURROGATE, Unit.DIM)
+    predicted = model(model.noised(x, last), last.times)
+    assert torch.allclose(scored.value, -((predicted - noise) ** 2).sum(1))
+
+
+def test_moons_lie_near_their_manifold():
+    """The mean distance of points moved by N(0, 0.05^2) in the plane is 0.05 sqrt(2 / pi)."""
+    distance, coverage = distance_and_coverage(moons(20_000, generator=seeded()))
+    assert distance == pytest.approx(0.05 * math.sqrt(2 / math.pi), abs=2e-3)
+    assert coverage == 1
+    distance, coverage = distance_and_coverage(moons(20_000, generator=seeded(), noise=0.0))
+    assert distance < 5e-3  # 200 points stand for each moon
+    one_moon = moons(20_000, generator=seeded())
+    one_moon = one_moon[one_moon[:, 1] > 0.6]
+    assert distance_and_coverage(one_moon)[1] < 0.6
+    assert moons(20_000, generator=seeded()).mean(0) == pytest.approx([0, 0], abs=0.03)
+    assert moons(20_000, generator=seeded()).std(0) == pytest.approx([1, 1], abs=0.03)
+
+
+def test_fitting_lowers_the_error_and_averages_the_weights():
+    torch.manual_seed(0)
+    model, generator = Denoiser(16), seeded()
+
+    def loss(of: Denoiser) -> torch.Tensor:
+        return -noise_errors(of, moons(64, generator=generator), of.draws(64, generator)).value.mean()
+
+    before = loss(model).item()
+    path = [[p.detach().clone() for p in model.parameters()]]
+
+    def watched(of: Denoiser) -> torch.Tensor:
+        path.append([p.detach().clone() for p in of.parameters()])
+        return loss(of)
+
+    average = fit(model, watched, 200, lr=1e-2, decay=0.5)
+    assert loss(average).item() < 0.8 * before
+    path = [*path[2:], [p.detach().clone() for p in model.parameters()]]
+    mean = path[0]
+    for after in path[-40:]:
+        mean = [0.5 * a + 0.5 * b for a, b in zip(mean, after, strict=True)]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(average.parameters(), mean, strict=True))
+    assert not any(p.requires_grad for p in average.parameters())

@@ -404,12 +404,19 @@ def test_a_response_does_not_depend_on_the_others(family):
 
 
 def test_the_model_is_frozen():
-    model = FAMILIES["causal"]()
+    """Dropout is off meanwhile, and nothing carries a gradient."""
+    model = CausalLM(build(CAUSAL["gpt2"], V))
+    for module in model.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    reward, prompts, answers = Seq2SeqReward(model, separator=[0]), *responses(7, 40)
+    hard, soft = reward.token_rewards(prompts, answers), reward.soft_rewards(prompts, answers)
     model.model.train()
-    reward = Seq2SeqReward(model, separator=[0])
-    for got in (reward.token_rewards([[3]], [[4, 5]]), reward.soft_rewards([[3]], [[4, 5]])):
-        assert not got.value.requires_grad
+    for expected, call in ((hard, reward.token_rewards), (soft, reward.soft_rewards)):
+        got = call(prompts, answers)
+        assert got.value.equal(expected.value)
         assert got.value.dtype == torch.float32
+        assert not got.value.requires_grad
     assert model.model.training
 
 
