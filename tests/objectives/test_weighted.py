@@ -160,6 +160,15 @@ def test_best_of_n_by_loops(negative_weight):
     assert not any(m.requires_grad for m in (terms.weight, *terms.metrics.values()))
 
 
+def test_of_pairs_it_is_maximum_likelihood_of_the_chosen():
+    """Pref-FT."""
+    given, chosen = policy(), torch.tensor([True, False, True, False, False, True])
+    terms = best_of_n(given, chosen.float(), torch.tensor([0, 0, 1, 1, 2, 2]))
+    want = MaximumLikelihood("sum")(given[chosen])
+    torch.testing.assert_close(terms.loss, want.loss)
+    torch.testing.assert_close(terms.mean(), want.mean())
+
+
 def test_ties_share_the_place():
     given = policy([-3.0, -1.0, -2.0, -5.0])
     groups = torch.zeros(4, dtype=torch.long)

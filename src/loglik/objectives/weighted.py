@@ -1,7 +1,8 @@
 """Weighted maximum likelihood of scored completions: reward-weighted regression and best of N.
 
 Both raise the likelihood of good completions and, but for the negative term of best of N, never lower that of bad ones
-directly: they cover the modes of their target, where policy gradients and DPO seek them (arXiv 2404.14367).
+directly: they cover the modes of their target, where policy gradients and DPO seek them (arXiv 2404.14367). For pairs,
+best of N without that term is Pref-FT: maximum likelihood of the chosen completion.
 """
 
 from __future__ import annotations
