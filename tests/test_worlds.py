@@ -190,6 +190,8 @@ def test_pairs_come_from_the_sampler_and_are_labelled_by_the_reward():
     pairs = w.pairs(n, sampler=torch.full((12,), -math.log(12)), generator=seeded())
     assert len(pairs) == n
     assert (pairs.chosen != pairs.rejected).all()
+    uniform = torch.cat([pairs.chosen, pairs.rejected]).bincount(minlength=12)
+    assert stats.chisquare(uniform.numpy()).pvalue > 1e-4
     wins = torch.zeros(12, 12).index_put_((pairs.chosen, pairs.rejected), torch.ones(n), accumulate=True)
     for i in range(12):
         for j in range(i):
@@ -250,7 +252,9 @@ def test_a_trained_model_knows_the_two_continuations():
     rows = task.data(500, generator=seeded(1))
     with torch.no_grad():
         nats = -model.log_prob(rows, start=PROMPT).mean_per_unit().value.mean().item()
+        prompts = -model.log_prob(rows[:, :PROMPT]).value.mean().item()
     assert nats == pytest.approx(math.log(2), abs=0.05)
+    assert prompts > math.log(5) + math.log(4) + 0.5  # prompts are given, not learned
     drawn = task.sample(model, task.prompts(2000, generator=seeded(2)), generator=seeded(3))
     assert task.right(drawn).float().mean().item() == pytest.approx(0.5, abs=0.06)
 
@@ -281,6 +285,8 @@ def test_noised_points_and_their_errors():
     first, last = (Draws(torch.full((4000,), t), noise) for t in (0, 49))
     assert torch.allclose(model.noised(x, first), x, atol=0.05)
     assert torch.allclose(model.noised(x, last), noise, atol=0.3)
+    middle = model.noised(torch.randn(4000, 2, generator=seeded(2)), Draws(torch.full((4000,), 20), noise))
+    assert middle.std(0) == pytest.approx([1, 1], abs=0.05)  # the variance is preserved
     assert model.signal[-1].item() == pytest.approx(math.prod((1 - torch.linspace(1e-4, 0.2, 50)).tolist()), rel=1e-5)
     scored = noise_errors(model, x, last)
     assert (scored.kind, scored.unit) == (Kind.SURROGATE, Unit.DIM)
