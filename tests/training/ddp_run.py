@@ -8,7 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from loglik.training import TrainConfig, fit
-from training.worlds import labelled, pairs, policy
+from training.preference_rows import labelled, pairs, policy
 
 OBJECTIVES = {"mle": labelled, "dpo": pairs, "orpo": pairs, "kto": labelled}
 

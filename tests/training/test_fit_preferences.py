@@ -26,7 +26,7 @@ from loglik.training.data import Numbered, StepSampler
 from loglik.training.inputs import needs_of
 from loglik.training.lora import LoraSettings, with_lora
 from loglik.training.reference import AdapterOff, ModelReference, stored, weights_digest
-from training.worlds import labelled, pairs, policy, weights_of
+from training.preference_rows import labelled, pairs, policy, weights_of
 
 
 def config(**changes) -> TrainConfig:

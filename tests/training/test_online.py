@@ -23,7 +23,7 @@ from loglik.training import Online, Row, TrainConfig, fit
 from loglik.training.collect import DrawGroups, DrawPairs, RejectionPairs, draw
 from loglik.training.lora import LoraSettings, with_lora
 from loglik.training.reference import AdapterOff, ModelReference
-from training.worlds import policy, weights_of
+from training.preference_rows import policy, weights_of
 from zoo import CAUSAL, build
 
 

@@ -15,7 +15,7 @@ from loglik.models.batch import TokenBatch
 from loglik.models.causal import CausalLM
 from loglik.models.reward import RewardModel
 from loglik.training import Row, TrainConfig, evaluate, fit
-from training.worlds import labelled, pairs, policy
+from training.preference_rows import labelled, pairs, policy
 from zoo import CAUSAL, build, byte_level_tokenizer
 
 ROWS = [[3, 4, 5, 6], [7, 8], [9, 10, 11]]
