@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo test lint typecheck docs docs-serve bench bench-scoring reproduce tiny-models clean
+.PHONY: setup demo test lint typecheck docs docs-serve bench bench-scoring bench-training reproduce tiny-models clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -52,6 +52,10 @@ bench: $(VENV)/.dev
 # Text to nats beside lm-evaluation-harness, minicons and a plain loop: about three quarters of an hour.
 bench-scoring: $(VENV)/.dev
 	$(BIN)/python benchmarks/run.py scoring
+
+# DPO steps beside TRL's trainer: time and peak memory at two vocabularies.
+bench-training: $(VENV)/.dev
+	$(BIN)/python benchmarks/run.py training
 
 # The central claim of each paper as a small experiment.
 reproduce: $(VENV)/.dev

@@ -261,6 +261,8 @@ def test_needs_are_read_off_the_signature():
     assert needs_of(kto).kl
     assert needs_of(tab_po).optional == ("chosen_weights", "rejected_weights")
     assert needs_of(partial(dpo, beta=0.1)) == needs_of(dpo)
+    trained = [name for name in registry.OBJECTIVES if needs_of(registry.objective(name)).reward_model]
+    assert sorted(trained) == ["binary_feedback", "bradley_terry"]
 
     def asks(policy, teacher):
         return policy

@@ -107,9 +107,10 @@ class Train:
         """Train, and print where the result lies and what it measured."""
         from loglik.objectives.registry import objective
         from loglik.training import TrainConfig, fit
+        from loglik.training.inputs import needs_of
 
         chosen = objective(self.objective, **dict(map(_setting, self.set)))
-        model = self._model()
+        model = self._model(rewards=needs_of(chosen).reward_model)
         data = self._read(self.data, model)
         validation = self._read(self.validation, model).rows if self.validation is not None else None
         steps = self.steps or self._steps(len(data.rows))
@@ -144,11 +145,11 @@ class Train:
         )
         _summarise(result, data)
 
-    def _model(self) -> Any:
+    def _model(self, *, rewards: bool) -> Any:
         from loglik.models.load import load
 
         model: Any
-        if self.objective in ("bradley_terry", "binary_feedback"):
+        if rewards:
             model = _reward_model(self.model, self.dtype, self.device, self.seed)
         else:
             model = load(self.model, dtype=self.dtype, device=self.device)

@@ -30,7 +30,7 @@ def shared_scores(trunk: Trunk, x: TokenBatch, *, narrows: bool) -> tuple[Tensor
     device = x.ids.device
     row, column = x.scored_mask.nonzero(as_tuple=True)
     targets = x.ids[row, column]
-    order, rows = _in_order(predictors.to(device)[row, column])
+    rows, order = predictors.to(device)[row, column].sort(stable=True)
     read = torch.unique_consecutive(rows)
     tree = TreeRow(torch.tensor(positions, device=device), torch.tensor(ends, device=device), bounds)
     tree.read = read if narrows else None
@@ -39,12 +39,6 @@ def shared_scores(trunk: Trunk, x: TokenBatch, *, narrows: bool) -> tuple[Tensor
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=device)
     return scores.log_probs[back], scores.greedy[back]
-
-
-def _in_order(columns: Tensor) -> tuple[Tensor, Tensor]:
-    """The order that sorts the columns (equal ones keep theirs), and the columns in it."""
-    ordered, order = columns.sort(stable=True)
-    return order, ordered
 
 
 def _forest(x: TokenBatch) -> tuple[list[int], list[int], list[int], list[tuple[int, int]], Tensor]:

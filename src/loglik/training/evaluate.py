@@ -12,7 +12,7 @@ from loglik.objectives.base import Objective
 from loglik.training.data import Numbered, Rows
 from loglik.training.inputs import needs_of
 from loglik.training.reference import ModelReference, Reference
-from loglik.training.step import Loss
+from loglik.training.step import Loss, add_metrics, mismatched_sums
 
 __all__ = ["Evaluation", "evaluate"]
 
@@ -60,9 +60,7 @@ def evaluate(
             if sums:
                 found = [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(sums, found, strict=True)]
             sums = found
-            for name, values in terms.metrics.items():
-                total, count = metrics.get(name, (0.0, 0))
-                metrics[name] = (total + float(values.double().sum()), count + values.numel())
+            add_metrics(metrics, terms)
     return Evaluation(
         sum(total / weight for total, weight in sums),
         {name: total / count for name, (total, count) in metrics.items() if count},
@@ -71,9 +69,5 @@ def evaluate(
 
 def _kl(model: Any, rolled: Numbered, batches: list[range], reference: Reference | None) -> torch.Tensor:
     """Mean log-ratio of completions of other prompts over all rows, at least 0."""
-    total, count = 0.0, 0
-    for indices in batches if reference is not None else []:
-        other = rolled.batch(indices).to(model.model.device)
-        ratio = model.log_prob(other.tokens).value - reference(other).value  # type: ignore[misc]
-        total, count = total + float(ratio.double().sum()), count + len(ratio)
+    total, count = (0.0, 0) if reference is None else mismatched_sums(model, rolled, batches, reference)
     return torch.tensor(max(total / max(count, 1), 0.0), device=model.model.device)

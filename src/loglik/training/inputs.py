@@ -54,6 +54,12 @@ class Needs:
         return any(name in ("policy", "chosen", "rejected", "real") for name in self.required)
 
     @property
+    def reward_model(self) -> bool:
+        """What is trained is a reward model: rewards are asked for, and nothing else that a model gives."""
+        asks = "chosen_rewards" in self.required or "rewards" in self.required
+        return asks and not self.likelihoods and not self.model
+
+    @property
     def model(self) -> bool:
         """The model itself is needed: more than log-likelihoods."""
         return "model" in self.required

@@ -161,7 +161,7 @@ class References:
 
     def __init__(self, method: str, policy: Any, given: Any, *, batch_size: int, cache: Path) -> None:
         self.policy, self.batch_size, self.cache = policy, batch_size, cache
-        self.key: str | None = None
+        self.identified: torch.nn.Module | None = None  # whose weights tell stored numbers apart
         self.live: Reference
         if given is None:
             raise InputError(
@@ -174,10 +174,10 @@ class References:
             if has_adapter(policy):
                 self.live = AdapterOff(policy)
             else:
-                self.live, self.key = ModelReference(policy), weights_digest(policy.model)
+                self.live, self.identified = ModelReference(policy), policy.model
         elif hasattr(given, "log_prob"):
             self.live = ModelReference(given)
-            self.key = weights_digest(given.model) if isinstance(given.model, torch.nn.Module) else None
+            self.identified = given.model if isinstance(given.model, torch.nn.Module) else None
         else:
             self.live = given
 
@@ -188,9 +188,10 @@ class References:
         """
         if not rows.rolled and len(rows) and "reference" in rows[0][1].values:
             return RowReference(self.policy)
-        if self.key is None:
+        if self.identified is None:
             return self.live
-        return stored(self.live, rows, batch_size=self.batch_size, cache=self.cache, key=self.key)
+        key = weights_digest(self.identified)
+        return stored(self.live, rows, batch_size=self.batch_size, cache=self.cache, key=key)
 
     def of_fresh(self, rows: Numbered) -> Reference:
         """For rows drawn while training: computed once, not kept on disk."""

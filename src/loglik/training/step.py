@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +22,7 @@ from loglik.training.data import Numbered, RowBatch
 from loglik.training.inputs import Needs, objective_name, terms_of
 from loglik.training.reference import Reference
 
-__all__ = ["Loss", "Source", "StepResult", "take_step"]
+__all__ = ["Loss", "Source", "StepResult", "add_metrics", "mismatched_sums", "take_step"]
 
 
 class Loss(nn.Module):
@@ -104,7 +105,7 @@ def take_step(
     kl = _step_kl(loss, micro, segment, accelerator) if needs.kl else None
     totals, correction = _total_weights(loss, micro, accelerator)
     value = 0.0
-    sums: dict[str, float] = {}
+    sums: dict[str, tuple[float, int]] = {}
     weight = 0.0
     bad: list[str] = []
     for i, (batch, against) in enumerate(zip(micro, references, strict=True)):
@@ -126,10 +127,8 @@ def take_step(
             weight += float(terms.weight.sum())
             # DDP averages gradients over processes; the loss is a sum over them.
             accelerator.backward(whole * accelerator.num_processes)
-        for name, values in terms.metrics.items():
-            sums[name] = sums.get(name, 0.0) + float(values.double().sum())
-            sums[f"{name}\0"] = sums.get(f"{name}\0", 0.0) + values.numel()
-    summary = [value, weight, float(len(bad)), float(stop), *sums.values()]
+        add_metrics(sums, terms)
+    summary = [value, weight, float(len(bad)), float(stop), *chain.from_iterable(sums.values())]
     reduced = _all_sum(summary, accelerator)
     if correction is not None:
         factor = correction / reduced[1]
@@ -195,15 +194,30 @@ def _step_kl(
     model, mismatched, reference = loss._rest[0], segment.mismatched, segment.mismatched_reference
     assert mismatched is not None
     assert reference is not None
-    total = count = 0.0
-    with torch.no_grad(), accelerator.autocast():
-        for batch in micro:
-            other = mismatched.batch(batch.index.tolist()).to(batch.tokens.ids.device)
-            ratio = model.log_prob(other.tokens).value - reference(other).value
-            total += float(ratio.double().sum())
-            count += len(ratio)
-    total, count = _all_sum([total, count], accelerator)
+    with accelerator.autocast():
+        sums = mismatched_sums(model, mismatched, (batch.index.tolist() for batch in micro), reference)
+    total, count = _all_sum(sums, accelerator)
     return torch.tensor(max(total / count, 0.0), device=accelerator.device)
+
+
+@torch.no_grad()
+def mismatched_sums(
+    model: Any, rolled: Numbered, batches: Iterable[Sequence[int]], reference: Reference
+) -> tuple[float, int]:
+    """Sum and number of the log-ratios of completions of other prompts; no gradient."""
+    total, count = 0.0, 0
+    for indices in batches:
+        other = rolled.batch(indices).to(model.model.device)
+        ratio = model.log_prob(other.tokens).value - reference(other).value
+        total, count = total + float(ratio.double().sum()), count + len(ratio)
+    return total, count
+
+
+def add_metrics(sums: dict[str, tuple[float, int]], terms: Terms) -> None:
+    """Add the metrics of a batch to sums and counts by name."""
+    for name, values in terms.metrics.items():
+        total, count = sums.get(name, (0.0, 0))
+        sums[name] = (total + float(values.double().sum()), count + values.numel())
 
 
 def _all_sum(values: Sequence[float], accelerator: Accelerator) -> list[float]:
@@ -219,7 +233,7 @@ def _all_sum(values: Sequence[float], accelerator: Accelerator) -> list[float]:
 
 def _means(names: Sequence[str], sums: Sequence[float]) -> dict[str, float]:
     """Metrics from their sums and counts, which stand in turn."""
-    pairs = zip(names[::2], sums[::2], sums[1::2], strict=True)
+    pairs = zip(names, sums[::2], sums[1::2], strict=True)
     return {name: total / count if count else math.nan for name, total, count in pairs}
 
 
