@@ -23,7 +23,7 @@ from scoring_measure import peak
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-PROMPT, RESPONSE, BATCH, STEPS = 512, 64, 4, 8
+PROMPT, RESPONSE, BATCH, STEPS = 512, 64, 4, 5
 SHAPES = {  # about 40 million parameters each, the head tied to the embedding
     32_000: {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8},
     128_000: {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 4},
