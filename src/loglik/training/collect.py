@@ -5,6 +5,7 @@ collector             with an objective it is
 ====================  ==============================================================================
 `DrawPairs`           with ``ipo`` online IPO, or IPO-MD with a `mixture`; with ``dpo`` online DPO
 `DrawGroups`          with ``brain`` BRAIn; with ``reinforce`` or ``ppo_clip`` on-policy policy gradients
+`DrawRollouts`        with ``sequence_match`` SequenceMatch
 `RejectionPairs`      with ``sigmoid_norm`` or ``hinge_norm`` RSO (drawn from the reference, once)
 ====================  ==============================================================================
 """
@@ -26,7 +27,7 @@ from loglik.models.protocol import ChainRule, Sampler, require
 from loglik.training.data import Row
 from loglik.training.reference import AdapterOff, ModelReference, Reference
 
-__all__ = ["DrawGroups", "DrawPairs", "Preference", "RejectionPairs", "Reward", "draw"]
+__all__ = ["DrawGroups", "DrawPairs", "DrawRollouts", "Preference", "RejectionPairs", "Reward", "draw"]
 
 Reward = Callable[[Sequence[int], Sequence[Sequence[int]]], Sequence[float]]
 """A prompt's token ids and those of its completions to one number each, higher is better."""
@@ -119,6 +120,36 @@ class DrawGroups:
             rewards = tuple(float(r) for r in self.reward(prompt, completions))
             values = {"rewards": rewards, "proposal": tuple(_log_probs(model, prompt, completions).tolist())}
             yield Row(prompt, tuple(completions), values=values)
+
+
+@dataclass(frozen=True, slots=True)
+class DrawRollouts:
+    """Demonstrations beside fresh completions of the policy, for occupancy matching.
+
+    Args:
+        rows: demonstrations, one completion each.
+        rows_per_collection: how many, drawn with replacement, a collection takes.
+        n: rollouts beside each demonstration.
+        max_tokens: per rollout.
+
+    Source: arXiv 2306.05426.
+    """
+
+    rows: Sequence[Row]
+    rows_per_collection: int
+    n: int = 1
+    max_tokens: int = 64
+
+    def __call__(self, model: Any, reference: Reference | None, generator: torch.Generator) -> Iterator[Row]:
+        """Rows whose first completion is the demonstration."""
+        if not self.rows:
+            raise InputError("there is no demonstration to draw rollouts for: give rows with one completion each")
+        picked = torch.randint(len(self.rows), (self.rows_per_collection,), generator=generator).tolist()
+        chosen = [self.rows[i] for i in picked]
+        prompts = [row.prompt for row in chosen]
+        rollouts = draw(model, prompts, self.n, generator=generator, max_tokens=self.max_tokens)
+        for row, drawn in zip(chosen, rollouts, strict=True):
+            yield Row(row.prompt, (row.completions[0], *drawn), name=row.name)
 
 
 @dataclass(frozen=True, slots=True)
