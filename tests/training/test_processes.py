@@ -10,8 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
+from loglik.errors import InputError
+from loglik.training import TrainConfig, fit
 from training import ddp_run
 
 
@@ -68,3 +72,11 @@ def test_two_processes_give_the_run_of_one(tmp_path):
             assert float((weights[1][key] - value).abs().max()) < 1e-4, (name, key)
         kept = sorted(path.name for path in two.glob("checkpoint-*"))
         assert kept == ["checkpoint-00000003", "checkpoint-00000006"]
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_a_launch_that_shards_weights_is_refused(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType[kind]))
+    rows = ddp_run.pairs()
+    with pytest.raises(InputError, match="shards no weights"):
+        fit(ddp_run.policy(), "dpo", rows, TrainConfig(steps=1), output=tmp_path)

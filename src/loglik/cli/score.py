@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -60,10 +60,20 @@ class Score:
     """Of the weights; sums and log-softmax are float32 or better in any case."""
     device: str | None = None
     """cpu, cuda, cuda:1, ...; a GPU if there is one."""
-    family: Literal["causal", "seq2seq", "masked"] | None = None
-    """Kind of model; read from its configuration by default."""
+    family: Literal["causal", "seq2seq", "masked", "diffusion"] | None = None
+    """Kind of model; read from its configuration by default. A masked language model can be read as diffusion."""
     pll: Literal["original", "within_word_l2r"] = "original"
     """Which pseudo-log-likelihood a masked language model gives."""
+    estimator: str | None = None
+    """Of a diffusion model's bound: count, bernoulli, time, order, canonical, quadrature, left_to_right, ..."""
+    points: int | None = None
+    """Network evaluations that one draw of the estimator spreads."""
+    num_samples: int | None = None
+    """Independent draws per row; 16 by default."""
+    target_stderr: float | None = None
+    """Draw on until a row's standard error is at most this many nats."""
+    mask_token_id: int | None = None
+    """Mask token of a diffusion model whose files do not name it."""
     max_batch_tokens: int | None = None
     """Tokens per forward pass; chosen from the device by default."""
     max_cache_bytes: int | None = None
@@ -108,6 +118,14 @@ class Score:
             level=self.level,
             tokenisations=self.tokenisations,
         )
+        given = {
+            "estimator": self.estimator,
+            "points": self.points,
+            "num_samples": self.num_samples,
+            "target_stderr": self.target_stderr,
+            "mask_token_id": self.mask_token_id,
+        }
+        diffusion: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         job = ScoreJob(
             source=self.input,
             output=self.output,
@@ -120,9 +138,11 @@ class Score:
             overwrite=self.overwrite,
             report=self.report,
             cluster=RayCluster(self.workers, self.ray_address) if self.engine == "ray" else None,
-            settings={"model": self.model, "dtype": self.dtype, "family": self.family, "pll": self.pll},
+            settings={"model": self.model, "dtype": self.dtype, "family": self.family, "pll": self.pll} | diffusion,
         )
-        model = partial(load, self.model, dtype=self.dtype, device=self.device, family=self.family, pll=self.pll)
+        model = partial(
+            load, self.model, dtype=self.dtype, device=self.device, family=self.family, pll=self.pll, **diffusion
+        )
         if self.dry_run:
             self._print_plan(plan_file(job, model))
             return

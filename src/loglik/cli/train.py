@@ -70,6 +70,12 @@ class Train:
     """Of the weights."""
     device: str | None = None
     """cpu, cuda, ...; a GPU if there is one."""
+    family: Literal["causal", "seq2seq", "diffusion"] | None = None
+    """Kind of model; read from its configuration by default. A masked language model can be read as diffusion."""
+    num_samples: int = 1
+    """Draws of a diffusion model's bound inside the objective."""
+    draws_per_step: int = 1
+    """How often a step goes over its rows with other masks (diffusion models); memory does not grow with it."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them."""
     max_length: int | None = None
@@ -129,6 +135,7 @@ class Train:
             keep=self.keep,
             eval_every=self.eval_every,
             log_every=self.log_every,
+            draws_per_step=self.draws_per_step,
             report_to=self.report_to,
         )
         result = fit(
@@ -146,13 +153,9 @@ class Train:
         _summarise(result, data)
 
     def _model(self, *, rewards: bool) -> Any:
-        from loglik.models.load import load
-
-        model: Any
-        if rewards:
-            model = _reward_model(self.model, self.dtype, self.device, self.seed)
-        else:
-            model = load(self.model, dtype=self.dtype, device=self.device)
+        model: Any = (
+            _reward_model(self.model, self.dtype, self.device, self.seed) if rewards else self._load(self.model)
+        )
         if not hasattr(getattr(model, "model", None), "parameters"):
             raise InputError(f"{self.model} has no weights that a gradient could change: give a neural model")
         if self.gradient_checkpointing:
@@ -181,9 +184,20 @@ class Train:
     def _reference(self) -> Any:
         if self.reference == "auto":
             return "auto"
-        from loglik.models.load import load
+        return self._load(self.reference)
 
-        return load(self.reference, dtype=self.dtype, device=self.device)
+    def _load(self, name: str) -> Any:
+        from loglik.models.load import load
+        from loglik.models.protocol import is_sampled
+
+        model: Any = load(name, dtype=self.dtype, device=self.device, family=self.family)
+        if is_sampled(model):
+            model = model.with_samples(self.num_samples)
+        elif self.num_samples != 1:
+            raise InputError(
+                f"--num-samples is for models whose likelihood is sampled, and {name} is none: leave it out"
+            )
+        return model
 
     def _callbacks(self, validation: Sequence[Any] | None) -> list[Any]:
         if not self.monitor:

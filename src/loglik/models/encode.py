@@ -24,7 +24,7 @@ __all__ = ["NOT_TEXT", "BosPolicy", "Boundary", "BoundaryPolicy", "EncodedText",
 
 NOT_TEXT = re.compile("[\x00\ud800-\udfff]")  # NUL, and halves of surrogate pairs
 
-Layout = Literal["causal", "seq2seq", "masked"]
+Layout = Literal["causal", "seq2seq", "masked", "diffusion"]
 BoundaryPolicy = Literal["joint", "separate"]
 BosPolicy = Literal["auto", "always", "never"]
 Boundary = Literal["none", "aligned", "straddled", "separate"]
@@ -79,9 +79,10 @@ class TextEncoder:
 
     Args:
         tokenizer: a transformers tokenizer.
-        layout: ``causal``, ``masked`` (special tokens around one text) or ``seq2seq`` (source and target apart).
+        layout: ``causal``, ``masked`` (special tokens around one text), ``seq2seq`` (source and target apart) or
+            ``diffusion`` (special tokens as for ``masked``; where the tokenizer adds none, BOS as for ``causal``).
         boundary: how prompt and completion are tokenised; an encoder-decoder always keeps them apart.
-        bos: when BOS is prepended (causal models only).
+        bos: when BOS is prepended (causal and diffusion models only).
 
     Raises:
         InputError: if there is no tokenizer, or BOS is asked for and the tokenizer has none.
@@ -99,7 +100,9 @@ class TextEncoder:
         self._backend = _without_post_processor(tokenizer)
         self._prefix, self._suffix = _special_tokens(tokenizer)
         self._bos_id: int | None = tokenizer.bos_token_id
-        if layout == "causal" and bos == "always" and self._bos_id is None:
+        # A row of these models may begin with BOS; the others bring the tokenizer's own special tokens.
+        self._has_bos = layout == "causal" or (layout == "diffusion" and not self._suffix)
+        if self._has_bos and bos == "always" and self._bos_id is None:
             raise InputError("the tokenizer has no BOS token; use bos 'auto' or 'never'")
 
     @property
@@ -109,7 +112,7 @@ class TextEncoder:
 
     def describe_bos(self) -> str:
         """The BOS policy in words, for the output."""
-        if self.layout != "causal":
+        if not self._has_bos:
             return "the tokenizer's own special tokens"
         if self._bos_id is None:
             return "none: the tokenizer has no BOS token"
@@ -183,12 +186,12 @@ class TextEncoder:
             raise RowError("the completion has no token under this tokenizer: nothing can be scored")
         prefix, suffix = self._prefix, self._suffix
         scored_from = start
-        if self.layout == "causal":
+        if self._has_bos:
             suffix = []
             wanted = self.bos == "always" or (self.bos == "auto" and (self.adds_bos or start == 0))
             has_one = tokens.ids[0] == self._bos_id and start > 0
             prefix = [self._bos_id] if wanted and self._bos_id is not None and not has_one else []
-            if not prefix and start == 0:
+            if not prefix and start == 0 and self.layout == "causal":
                 scored_from = 1
                 if len(tokens.ids) == 1:
                     raise RowError("its only token has nothing before it (no BOS, no prompt), so it cannot be scored")

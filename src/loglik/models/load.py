@@ -5,15 +5,27 @@ from __future__ import annotations
 import json
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+)
 from transformers.models.auto import modeling_auto
 
 from loglik.errors import InputError
 from loglik.models.causal import CausalLM
+from loglik.models.diffusion.estimators import Estimator
+from loglik.models.diffusion.lm import MaskedDiffusionLM
+from loglik.models.diffusion.network import BidirectionalLlama, BidirectionalLlamaConfig, llada_network
 from loglik.models.masked import MaskedLM
 from loglik.models.ngram import NGramLM
 from loglik.models.protocol import TextModel
@@ -22,11 +34,16 @@ from loglik.progress import quiet_transformers
 
 __all__ = ["DTYPES", "EMBEDDED", "Family", "load"]
 
-Family = Literal["causal", "seq2seq", "masked"]
+Family = Literal["causal", "seq2seq", "masked", "diffusion"]
 EMBEDDED = ("tiny",)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
-_AUTO = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM, "masked": AutoModelForMaskedLM}
+_AUTO = {
+    "causal": AutoModelForCausalLM,
+    "seq2seq": AutoModelForSeq2SeqLM,
+    "masked": AutoModelForMaskedLM,
+    "diffusion": AutoModelForMaskedLM,
+}
 _MAPPINGS: dict[Family, str] = {
     "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "masked": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
@@ -42,6 +59,11 @@ def load(
     device: str | torch.device | None = None,
     pll: Literal["original", "within_word_l2r"] = "original",
     revision: str | None = None,
+    estimator: Estimator | str | None = None,
+    points: int | None = None,
+    num_samples: int | None = None,
+    target_stderr: float | None = None,
+    mask_token_id: int | None = None,
 ) -> TextModel:
     """Load a model and its tokenizer.
 
@@ -49,11 +71,17 @@ def load(
         name_or_dir: ``"tiny"`` (shipped with the package), a directory written by `save_pretrained` (of a model, or of
             a PEFT adapter that names its base model), or the name of a repository on the model hub, which is downloaded
             unless it is cached.
-        family: ``causal``, ``seq2seq`` or ``masked``; read from the configuration if not given.
+        family: ``causal``, ``seq2seq``, ``masked`` or ``diffusion`` (a masked language model as an absorbing diffusion
+            model); read from the configuration if not given.
         dtype: of the weights. Log-softmax and sums are float32 or better in any case.
         device: ``"cpu"``, ``"cuda"``, ...; a GPU if there is one.
         pll: which pseudo-log-likelihood a masked language model gives.
         revision: of a hub repository.
+        estimator: of a diffusion model's likelihood, by object or name (`loglik.models.diffusion`); ``count`` if None.
+        points: evaluations that one draw of the estimator spreads.
+        num_samples: draws of the estimator; 16 if None.
+        target_stderr: nats; draw on until a row's standard error is at most this.
+        mask_token_id: of a diffusion model whose files do not name it.
 
     Raises:
         InputError: one sentence for a name that is nowhere, missing, truncated, pickled or incomplete weights, or an
@@ -64,15 +92,31 @@ def load(
     is_local = where.is_dir()
     if where.is_file():
         raise InputError(f"model {str(name_or_dir)!r} is a file; give the directory that holds it")
+    given = {
+        "estimator": estimator,
+        "points": points,
+        "num_samples": num_samples,
+        "target_stderr": target_stderr,
+        "mask_token_id": mask_token_id,
+    }
+    diffusion: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if is_local and (where / "loglik_ngram.json").is_file():
+        _only_diffusion(diffusion)
         ngram: TextModel = NGramLM.from_pretrained(where)
         return ngram
     if is_local and (where / "adapter_config.json").is_file() and not (where / "config.json").is_file():
-        return _adapted(where, family=family, dtype=dtype, device=device, revision=revision)
+        return _adapted(where, family=family, dtype=dtype, device=device, revision=revision, **diffusion)
     source = str(where) if is_local else str(name_or_dir)
     config = _config(source, is_local=is_local, revision=revision)
     kind = family or _family(config, source)
-    model = _weights(kind, source, config, chosen_dtype, is_local=is_local, revision=revision)
+    if kind != "diffusion":
+        _only_diffusion(diffusion)
+    if config.model_type == "llada":
+        if not is_local:
+            source = snapshot_download(source, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.model"])
+        model: Any = llada_network(Path(source), dtype=chosen_dtype)
+    else:
+        model = _weights(kind, source, config, chosen_dtype, is_local=is_local, revision=revision)
     target = torch.device(device) if device is not None else _default_device()
     model = model.to(target).eval()
     tokenizer = _tokenizer(source, is_local=is_local, revision=revision)
@@ -80,10 +124,20 @@ def load(
         return CausalLM(model, tokenizer)
     if kind == "seq2seq":
         return Seq2SeqLM(model, tokenizer)
+    if kind == "diffusion":
+        return MaskedDiffusionLM(model, tokenizer, **diffusion)
     return MaskedLM(model, tokenizer, variant=pll)
 
 
-def _adapted(where: Path, *, family: Family | None, dtype: Any, device: Any, revision: str | None) -> TextModel:
+def _only_diffusion(options: dict[str, Any]) -> None:
+    """Refuse options that mean nothing for other models."""
+    for name in options:
+        raise InputError(f"{name} is an option of diffusion models, and this is none: leave it out")
+
+
+def _adapted(
+    where: Path, *, family: Family | None, dtype: Any, device: Any, revision: str | None, **options: Any
+) -> TextModel:
     """The base model that an adapter names, with the adapter on it."""
     from peft import PeftModel
 
@@ -93,12 +147,12 @@ def _adapted(where: Path, *, family: Family | None, dtype: Any, device: Any, rev
         raise InputError(f"the adapter in {where} has no readable configuration ({_first(error)})") from None
     if not named:
         raise InputError(f"the adapter in {where} does not name its base model; write it into adapter_config.json")
-    base: Any = load(named, family=family, dtype=dtype, device=device, revision=revision)
+    base: Any = load(named, family=family, dtype=dtype, device=device, revision=revision, **options)
     try:
         network = PeftModel.from_pretrained(base.model, str(where)).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"the adapter in {where} does not fit its base model {named!r} ({_first(error)})") from None
-    adapted: TextModel = type(base)(network, base.tokenizer)
+    adapted: TextModel = base.on(network) if hasattr(base, "on") else type(base)(network, base.tokenizer)
     return adapted
 
 
@@ -126,6 +180,11 @@ def _config(source: str, *, is_local: bool, revision: str | None) -> Any:
         raise InputError(f"directory {source!r} has no config.json, so it holds no model; give one with weights")
     try:
         with quiet_transformers():
+            found, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+            if found.get("model_type") == "llada":
+                return SimpleNamespace(model_type="llada")  # what else it says, `llada_network` reads
+            if found.get("model_type") == BidirectionalLlamaConfig.model_type:
+                return BidirectionalLlamaConfig.from_pretrained(source, revision=revision or "main")
             return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         if is_local:
@@ -137,6 +196,8 @@ def _config(source: str, *, is_local: bool, revision: str | None) -> Any:
 
 
 def _family(config: Any, source: str) -> Family:
+    if config.model_type in ("llada", BidirectionalLlamaConfig.model_type):
+        return "diffusion"
     names = list(config.architectures or [])
     for family, mapping in _MAPPINGS.items():
         known: set[str] = set()
@@ -159,7 +220,8 @@ def _weights(
         raise InputError(f"directory {source!r} has no weights (model.safetensors)")
     try:
         with quiet_transformers():  # its report on missing weights becomes the sentence below
-            model, info = _AUTO[family].from_pretrained(
+            auto: Any = BidirectionalLlama if isinstance(config, BidirectionalLlamaConfig) else _AUTO[family]
+            model, info = auto.from_pretrained(
                 source,
                 config=config,
                 dtype=dtype,

@@ -18,7 +18,7 @@ from loglik.likelihood import LogLikelihood
 from loglik.models.batch import TokenBatch
 from loglik.models.encode import Layout
 
-__all__ = ["ChainRule", "EvidenceTerms", "HiddenStates", "Model", "Sampler", "TextModel", "require"]
+__all__ = ["ChainRule", "EvidenceTerms", "HiddenStates", "Model", "Sampler", "TextModel", "is_sampled", "require"]
 
 X_contra = TypeVar("X_contra", contravariant=True)
 Out = TypeVar("Out")
@@ -90,8 +90,8 @@ class TextModel(Protocol):
     def log_prob(self, x: TokenBatch, *, draws: DrawsKey | None = None) -> LogLikelihood:
         """Labelled log-likelihoods of the scored tokens of each row."""
 
-    def score_tokens(self, x: TokenBatch) -> tuple[LogLikelihood, Tensor]:
-        """`log_prob`, and (B, T) bool whether each scored token is the model's first choice."""
+    def score_tokens(self, x: TokenBatch) -> tuple[LogLikelihood, Tensor | None]:
+        """`log_prob`, and (B, T) bool whether each scored token is the model's first choice, where that has meaning."""
 
 
 _SENTENCES = {
@@ -101,6 +101,12 @@ _SENTENCES = {
     HiddenStates: "hidden states (a neural model)",
     Model: "log_prob",
 }
+
+
+def is_sampled(model: object) -> bool:
+    """Whether a model's log-likelihoods are means over random draws, named by the ``draws`` of `Model.log_prob`."""
+    estimator = getattr(model, "estimator", None)
+    return isinstance(model, EvidenceTerms) and bool(getattr(estimator, "is_random", True))
 
 
 def require(model: object, capability: type[Out], method: str) -> Out:

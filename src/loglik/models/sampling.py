@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loglik.models.batch import TokenBatch
 
-__all__ = ["NextToken", "ancestral_samples"]
+__all__ = ["NextToken", "ancestral_samples", "bos_prompt"]
 
 
 class NextToken(Protocol):
@@ -47,7 +47,7 @@ def ancestral_samples(
     Raises:
         ValueError: without a prompt, if the tokenizer has no BOS token.
     """
-    prompt = _bos_prompt(model.tokenizer) if prompt is None else prompt
+    prompt = bos_prompt(model.tokenizer) if prompt is None else prompt
     rows = [ids[real].tolist() for ids, real in zip(prompt.ids, prompt.attention_mask, strict=True) for _ in range(n)]
     starts = [len(row) for row in rows]
     eos = getattr(model.tokenizer, "eos_token_id", None)
@@ -67,7 +67,12 @@ def ancestral_samples(
     return TokenBatch.from_lists(rows, starts=starts)
 
 
-def _bos_prompt(tokenizer: Any) -> TokenBatch:
+def bos_prompt(tokenizer: Any) -> TokenBatch:
+    """One row of BOS.
+
+    Raises:
+        ValueError: if the tokenizer has none.
+    """
     bos = getattr(tokenizer, "bos_token_id", None)
     if bos is None:
         raise ValueError("sampling without a prompt needs a tokenizer with a BOS token; give a prompt")

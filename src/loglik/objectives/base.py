@@ -6,6 +6,7 @@ them by name:
 =====================================  ==============================================================================
 ``policy``                             log-likelihoods (N,) of all completions of the batch
 ``reference``                          the same under the frozen reference
+``old``                                the same under the policy that drew them; None where that is the policy itself
 ``chosen``, ``rejected``               log-likelihoods (B,) of a preference pair under the policy
 ``reference_chosen/_rejected``         the same under the frozen reference
 ``real``, ``fake``                     log-likelihoods (B,) of data and of samples, the completions of one row in turn
@@ -55,6 +56,7 @@ __all__ = [
 INPUTS = (
     "policy",
     "reference",
+    "old",
     "chosen",
     "rejected",
     "reference_chosen",

@@ -34,6 +34,7 @@ _HOMES = {
     "rewards": ("binary_feedback",),
     "density_ratio": ("ddo",),
     "unpaired": ("implicit_reward_ce", "kto"),
+    "diffusion_policy": ("bgpo", "gdpo"),
     "policy": ("brain", "dpg", "gdc_pp", "nash_md_pg", "ppo_clip", "reinforce"),
     "weighted": ("best_of_n", "reward_weighted_regression"),
     "smoothing": ("label_smoothed_nll",),
@@ -43,6 +44,7 @@ _HOMES = {
 # Names and where they live; imported at first use. A name is a function, or a class whose objects are objectives.
 OBJECTIVES: dict[str, str] = {
     "mle": "loglik.objectives.supervised.MaximumLikelihood",
+    "sequence_match": "loglik.objectives.sequence_match.SequenceMatch",
     **{name: f"loglik.objectives.{home}.{name}" for home, names in _HOMES.items() for name in names},
 }
 

@@ -210,7 +210,12 @@ class Seq2SeqReward:
         """
         batch, mask = self._batch(prompts, responses)
         with self._evaluating():
-            agrees = _aligned(self.model.score_tokens(batch)[1], batch, mask)
+            first = self.model.score_tokens(batch)[1]
+        if first is None:
+            raise InputError(
+                "a model without first choices per token corrects nothing: use an encoder-decoder or causal one"
+            )
+        agrees = _aligned(first, batch, mask)
         before = agrees.int().cumprod(1).bool()
         value = before * self.pos + (mask & ~agrees) * self.neg
         return TokenRewards(value.float(), mask, before.sum(1))

@@ -28,12 +28,16 @@ class WindowScores:
         greedy: whether each of them is the model's first choice.
         masses: log-mass of the subset after each of the window's probes.
         branches: nats of each of the window's branches.
+        total: nats of all scored tokens together, where the model gives no terms: then `terms` and `greedy` are empty.
+        stderr: Monte-Carlo standard error of `total`, where it is sampled.
     """
 
     terms: list[float]
     greedy: list[bool]
     masses: list[float]
     branches: list[float]
+    total: float | None = None
+    stderr: float | None = None
 
 
 def check_log_probs(values: Sequence[float]) -> None:

@@ -203,6 +203,7 @@ class Scorer:
         row = replace(
             row,
             num_tokens=scores.num_tokens,
+            stderr=scores.stderr,
             is_greedy=scores.is_greedy,
             boundary=scores.boundary,
             num_windowed=scores.num_windowed,
@@ -217,7 +218,8 @@ class Scorer:
             return row
         text = scores.text
         special = self.model.tokenizer.convert_ids_to_tokens
-        terms = [term if scored else None for term, scored in zip(scores.terms, scores.scored, strict=True)]
+        has_terms = not scores.totals
+        terms = [t if scored and has_terms else None for t, scored in zip(scores.terms, scores.scored, strict=True)]
         head, tail = special(text.prefix), special(text.suffix)
         return replace(
             row,

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loglik.errors import InputError
+from loglik.likelihood import LogLikelihood
 from loglik.models.batch import TokenBatch
 from loglik.models.causal import CausalLM
 from loglik.models.paths import PathReport, cached_hidden, scaled_rope_start
@@ -192,14 +193,21 @@ class Executor:
             for i, window in enumerate(cut):
                 x.scored_mask[i, window.scored_to :] = False
             likelihood, first = self.model.score_tokens(x)
-            assert likelihood.per_unit is not None
-            terms, greedy = likelihood.per_unit.cpu(), first.cpu()
             for i, window in enumerate(cut):
-                columns = slice(window.scored_from, window.scored_to)
-                results[batch[i]] = WindowScores(terms[i, columns].tolist(), greedy[i, columns].tolist(), [], [])
+                results[batch[i]] = _window_scores(likelihood, first, i, window)
             if advance is not None:
                 advance(sum(w.scored_to - w.scored_from for w in cut), total)
         return [results[i] for i in range(len(windows))]
+
+
+def _window_scores(likelihood: LogLikelihood, first: Tensor | None, row: int, window: Window) -> WindowScores:
+    """One row of a model's answer: terms per token, or a total with its standard error where it has none."""
+    columns = slice(window.scored_from, window.scored_to)
+    greedy = [] if first is None else first[row, columns].tolist()
+    if likelihood.per_unit is not None:
+        return WindowScores(likelihood.per_unit[row, columns].tolist(), greedy, [], [])
+    stderr = None if likelihood.stderr is None else float(likelihood.stderr[row])
+    return WindowScores([], greedy, [], [], float(likelihood.value[row]), stderr)
 
 
 class _Head:

@@ -27,9 +27,11 @@ class TokenScores:
         vocabulary: borders of words, where words are scored.
         terms: nats per content token, 0 where not scored.
         scored: whether each content token was scored.
-        is_greedy: every scored token is the model's first choice.
+        is_greedy: every scored token is the model's first choice; None where that has no meaning.
         num_windowed: scored tokens that saw a shortened context.
         words: scores of the completion's words, where they are asked for.
+        totals: nats of each window, where the model gives no terms.
+        stderr: Monte-Carlo standard error of the sum, nats; None where nothing was sampled.
     """
 
     text: EncodedText
@@ -38,14 +40,16 @@ class TokenScores:
     vocabulary: WordVocabulary | None = None
     terms: list[float] = field(default_factory=list)
     scored: list[bool] = field(default_factory=list)
-    is_greedy: bool = True
+    is_greedy: bool | None = True
     num_windowed: int = 0
     words: list[WordScore] | None = None
+    totals: list[float] = field(default_factory=list)
+    stderr: float | None = None
 
     @property
     def log_prob(self) -> float:
         """Nats, summed exactly."""
-        return math.fsum(self.terms)
+        return math.fsum(self.totals or self.terms)
 
     @property
     def num_bytes(self) -> int:
@@ -73,15 +77,21 @@ class TokenScores:
         masses: list[float] = []
         for window, own in zip(self.windows, scores, strict=True):
             number = window.scored_to - window.scored_from
+            content = slice(window.content_from, window.content_from + number)
+            self.scored[content] = [True] * number
+            self.num_windowed += window.num_shortened
+            if own.total is not None:
+                self.totals.append(own.total)
+                if own.stderr is not None:  # windows draw their own random numbers
+                    self.stderr = math.hypot(self.stderr or 0.0, own.stderr)
+                self.is_greedy = None
+                continue
             if len(own.terms) != number or len(own.masses) != len(window.probes):
                 raise AssertionError(f"{len(own.terms)} numbers came back for {number} scored tokens")
-            content = slice(window.content_from, window.content_from + number)
             self.terms[content] = own.terms
-            self.scored[content] = [True] * number
-            self.is_greedy = self.is_greedy and all(own.greedy)
-            self.num_windowed += window.num_shortened
+            self.is_greedy = (all(own.greedy) and bool(self.is_greedy)) if own.greedy else None
             masses += own.masses
-        check_log_probs(self.terms)
+        check_log_probs([*self.terms, *self.totals])
         if self.vocabulary is not None:
             check_log_probs(masses)
             self.words = word_scores(self.text, self.vocabulary, self.terms, masses)

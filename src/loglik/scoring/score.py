@@ -37,8 +37,8 @@ def score(
         model: from `loglik.load`.
         texts_or_pairs: texts, or (prompt, completion) pairs of which the completion is scored.
         unit: ``token`` counts the scored tokens and gives `per_unit` terms (B, T), aligned with the tokens of prompt
-            and completion; ``byte`` counts the UTF-8 bytes of the scored text, so that `bits_per_byte` needs nothing
-            more.
+            and completion, where the model has them (a sampled bound has a standard error instead); ``byte`` counts
+            the UTF-8 bytes of the scored text, so that `bits_per_byte` needs nothing more.
         boundary: ``joint`` or ``separate`` tokenisation of prompt and completion, or ``exact``: the probability of the
             completion's bytes given the prompt's bytes, over all tokenisations of their boundary; counted per byte.
         bos: when BOS is prepended.
@@ -104,6 +104,8 @@ def _assemble_bytes(results: Sequence[ByteScores]) -> LogLikelihood:
 def _assemble(results: Sequence[TokenScores], kind: Kind, unit: Unit) -> LogLikelihood:
     if unit not in (Unit.TOKEN, Unit.BYTE):
         raise InputError(f"text is counted per token or per byte, not per {unit}")
+    if any(result.totals for result in results):
+        return _assemble_totals(results, kind, unit)
     width = max(len(result.terms) for result in results)
     per_unit = torch.zeros(len(results), width, dtype=torch.float64)
     mask = torch.zeros(len(results), width, dtype=torch.bool)
@@ -116,3 +118,17 @@ def _assemble(results: Sequence[TokenScores], kind: Kind, unit: Unit) -> LogLike
     if unit is Unit.BYTE:
         return likelihood.per(unit, torch.tensor([result.text.num_bytes for result in results]))
     return likelihood
+
+
+def _assemble_totals(results: Sequence[TokenScores], kind: Kind, unit: Unit) -> LogLikelihood:
+    """Rows of a model without terms per token."""
+    errors = [result.stderr for result in results]
+    sampled = any(error is not None for error in errors)
+    counts = [result.num_bytes if unit is Unit.BYTE else result.num_tokens for result in results]
+    return LogLikelihood(
+        torch.tensor([result.log_prob for result in results], dtype=torch.float64),
+        kind,
+        unit,
+        torch.tensor(counts),
+        stderr=torch.tensor([error or 0.0 for error in errors], dtype=torch.float64) if sampled else None,
+    )

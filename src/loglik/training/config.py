@@ -33,6 +33,8 @@ class TrainConfig:
         eval_every: steps between evaluations on the validation rows (before the first step too, and the best weights
             so far are kept in ``best``); 0 for only at the end.
         log_every: steps between lines of ``log.jsonl``.
+        draws_per_step: how often a step goes over its rows with other random numbers, for models whose likelihoods are
+            sampled (diffusion): the step's loss is the mean, and memory does not grow with it.
         report_to: trackers of Accelerate that get the same numbers, such as ``tensorboard``.
     """
 
@@ -52,10 +54,11 @@ class TrainConfig:
     keep: int = 2
     eval_every: int = 0
     log_every: int = 10
+    draws_per_step: int = 1
     report_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "save_every", "keep", "log_every"):
+        for name in ("steps", "batch_size", "save_every", "keep", "log_every", "draws_per_step"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("warmup_steps", "eval_every", "weight_decay", "max_grad_norm"):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from loglik.errors import InputError
+from loglik.kinds import DrawsKey
+from loglik.likelihood import LogLikelihood
 from loglik.models.batch import TokenBatch
 
 __all__ = ["Example", "Row", "RowBatch", "Rows", "StepSampler", "TokenBlocks", "collate"]
@@ -66,6 +68,7 @@ class RowBatch:
         values: numbers (N,) or (B,) by name; only names that every row has.
         weights: (N, T) token weights aligned with `tokens`, or None.
         names: of the rows.
+        draws: which random numbers a likelihood that is sampled uses; policy and reference share them.
     """
 
     tokens: TokenBatch
@@ -74,6 +77,7 @@ class RowBatch:
     values: Mapping[str, Tensor]
     weights: Tensor | None
     names: tuple[str, ...]
+    draws: DrawsKey | None = None
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -87,7 +91,18 @@ class RowBatch:
             {name: value.to(device) for name, value in self.values.items()},
             None if self.weights is None else self.weights.to(device),
             self.names,
+            self.draws,
         )
+
+    def with_draws(self, *names: str) -> RowBatch:
+        """The same rows, whose sampled likelihoods use the random numbers of these names."""
+        return replace(self, draws=DrawsKey.of(*names))
+
+    def likelihood(self, model: Any) -> LogLikelihood:
+        """Log-likelihoods (N,) of the completions under a model."""
+        given = {} if self.draws is None else {"draws": self.draws}
+        found: LogLikelihood = model.log_prob(self.tokens, **given)
+        return found
 
 
 def collate(examples: Sequence[tuple[int, Row | Example]]) -> RowBatch:

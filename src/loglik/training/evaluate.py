@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from loglik.models.protocol import is_sampled
 from loglik.models.trunk import evaluating
 from loglik.objectives.base import Objective
 from loglik.training.data import Numbered, Rows
@@ -55,6 +56,8 @@ def evaluate(
         kl = _kl(model, Numbered(rows, rolled=True), batches, mismatched_reference or against) if needs.kl else None
         for indices in batches:
             batch = data.batch(indices).to(model.model.device)
+            if is_sampled(model):  # the same random numbers at every evaluation
+                batch = batch.with_draws("evaluation")
             terms = loss(batch, against(batch) if against is not None else None, kl)
             found = [[float(p.loss.double().sum()), float(p.weight.double().sum())] for p in terms.parts()]
             if sums:

@@ -12,11 +12,12 @@ from typing import Any, Literal, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
 from torch import nn
 from torch.utils.data import DataLoader
 
 from loglik.errors import InputError
+from loglik.models.protocol import is_sampled
 from loglik.models.reward import RewardModel
 from loglik.objectives.base import Objective
 from loglik.objectives.registry import objective as named_objective
@@ -136,6 +137,15 @@ class _Run:
             log_with=list(config.report_to) or None,
             project_dir=str(out),
         )
+        sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+        if self.accelerator.distributed_type in sharded:
+            # Checkpoints, references and evaluation read whole weights, of which each process would hold a part.
+            raise InputError(
+                f"training shards no weights, and this launch asks for {self.accelerator.distributed_type.value}: "
+                "launch it as plain data parallelism, with --lora or --gradient-checkpointing where memory is short"
+            )
+        if config.draws_per_step > 1 and not is_sampled(model):
+            raise InputError("draws_per_step is for models whose likelihoods are sampled; this one's are not: leave it")
         processes = self.accelerator.num_processes
         self.per_step, uneven = divmod(config.batch_size // config.micro, processes)
         if uneven or self.per_step < 1:
@@ -156,6 +166,11 @@ class _Run:
         """All steps; see `fit`."""
         config, files, module = self.config, self.files, self.model.model
         online = data if isinstance(data, Online) else None
+        if "old" in self.needs.optional and (online is None or online.every != 1):
+            raise InputError(
+                f"{objective_name(self.objective)} is trained on policy here: give Online data with every=1, or call "
+                "it with the old policy's values in a loop of your own"
+            )
         fixed = None if isinstance(data, Online) else _Segment(self, Numbered(data), kept=True)
         # While the policy is still the reference: afterwards only these numbers remember it.
         held_out = _HeldOut(self, validation, callbacks)
@@ -230,6 +245,9 @@ class _Run:
             batches = iter(DataLoader(segment.rows, batch_sampler=sampler, collate_fn=collate))
             for step in range(begin, end):
                 micro = [next(batches).to(self.accelerator.device) for _ in range(self.per_step)]
+                if is_sampled(self.model):
+                    names = [f"seed {config.seed} step {step} draw {i}" for i in range(config.draws_per_step)]
+                    micro = [batch.with_draws(name) for name in names for batch in micro]
                 yield step, segment, micro
             begin = end
 

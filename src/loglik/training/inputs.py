@@ -165,6 +165,7 @@ _Supply = Callable[[RowBatch, LogLikelihood | None, LogLikelihood | None], Any]
 _SUPPLY: dict[str, _Supply] = {
     "policy": lambda batch, policy, reference: policy,
     "reference": lambda batch, policy, reference: reference,
+    "old": lambda batch, policy, reference: None,  # a step on rows drawn for it is on policy
     "chosen": lambda batch, policy, reference: _rows(policy, batch, 0),
     "rejected": lambda batch, policy, reference: _rows(policy, batch, 1),
     "reference_chosen": lambda batch, policy, reference: _rows(reference, batch, 0),

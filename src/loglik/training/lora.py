@@ -60,4 +60,4 @@ def with_lora(model: Any, settings: LoraSettings, *, base: str | None = None) ->
         raise InputError(f"the adapter does not fit this network ({str(error).splitlines()[0][:160]})") from None
     if base is not None:
         network.peft_config["default"].base_model_name_or_path = base
-    return type(model)(network, model.tokenizer)
+    return model.on(network) if hasattr(model, "on") else type(model)(network, model.tokenizer)

@@ -10,6 +10,9 @@ columns                                a row is
 ``prompt``, ``completions``            several completions, with ``rewards`` (a number each)
 =====================================  ====================================================
 
+Texts of completions may come with weights for parts of them: ``chosen_spans`` and ``rejected_spans``, or
+``completion_spans``, are lists of ``{"start": 0, "end": 5, "weight": 2.0}`` in characters of the completion.
+
 Texts may be conversations: lists of messages with ``role`` and ``content``, written out by the chat template.
 """
 
@@ -27,6 +30,7 @@ from loglik.models.encode import TextEncoder
 from loglik.models.protocol import TextModel
 from loglik.training.data import Row
 from loglik.training.records import training_records
+from loglik.training.spans import SPAN_COLUMNS, token_weights
 
 __all__ = ["TrainingData", "read_training_data"]
 
@@ -100,8 +104,9 @@ class _Reader:
         self.encoder = TextEncoder(model.tokenizer, layout=model.layout)
         self.plain = TextEncoder(model.tokenizer, layout=model.layout, bos="never")
         self.causal = model.layout == "causal"
+        self.one_text = model.layout in ("causal", "diffusion")  # prompt and completion in one row
         self.limit, self.overflow = limit, overflow
-        self.eos = model.tokenizer.eos_token_id if eos and self.causal else None
+        self.eos = model.tokenizer.eos_token_id if eos and self.one_text else None
 
     def row(self, record: Mapping[str, Any], where: str) -> tuple[Row, bool]:
         """One row of tokens, and whether its prompt was cut."""
@@ -110,6 +115,7 @@ class _Reader:
             raise RowError("chosen and rejected are identical, so that there is nothing to prefer: remove the row")
         texts, ended = self._texts(prompt, completions)
         encoded = [self._tokens(before, after, ended=ended) for before, after in texts]
+        heavy = self._weights(record, texts, encoded, ended=ended)
         start = min(begin for _, begin, _ in encoded)
         first = encoded[0][0]
         # What stands before the completions is the same text; tokens may differ where they touch the completion.
@@ -125,6 +131,7 @@ class _Reader:
                 tuple(ids[start:] for ids, _, _ in encoded),
                 tuple(scored - start for _, _, scored in encoded),
                 _values(record, len(completions)),
+                None if heavy is None else tuple(weights[start:] for weights in heavy),
                 name=where,
             ),
             cut > 0,
@@ -178,6 +185,37 @@ class _Reader:
         # Of a text that nothing precedes, its first token is what the rest is conditioned on.
         return (ids, begin, scored) if begin else (ids, 1, max(scored, 1))
 
+    def _weights(
+        self,
+        record: Mapping[str, Any],
+        texts: Sequence[tuple[str, str]],
+        encoded: Sequence[tuple[list[int], int, int]],
+        *,
+        ended: bool,
+    ) -> list[list[float]] | None:
+        """Token weights of each sequence from its spans, 1 outside them; None where no completion has any."""
+        columns = ("chosen", "rejected") if len(texts) == 2 and "chosen" in record else ("completion",)
+        given = [record.get(SPAN_COLUMNS[name]) for name in columns]
+        if all(spans is None for spans in given) or len(given) != len(texts):
+            return None
+        if ended:
+            raise RowError(
+                f"column {SPAN_COLUMNS[columns[0]]!r} marks characters of a text, and this is a conversation"
+            )
+        out = []
+        for name, spans, (before, after), (ids, _, _) in zip(columns, given, texts, encoded, strict=True):
+            text = self.encoder.encode(before, after)
+            own, skipped = text.pieces[text.start :], 0
+            if text.boundary == "straddled":  # the first token holds the end of the prompt too
+                skipped = len("".join(own)) - len(after)
+                own = [own[0][skipped:], *own[1:]]
+            found = token_weights(own, spans or [], column=SPAN_COLUMNS[name], text=after)
+            weights = [1.0] * len(ids)
+            begin = len(text.prefix) + text.start
+            weights[begin : begin + len(found)] = found
+            out.append(weights)
+        return out
+
     def _head(self, ids: Sequence[int]) -> int:
         """1 if the row begins with BOS, which stays when the prompt is cut."""
         return int(bool(ids) and ids[0] == self.tokenizer.bos_token_id)
@@ -191,7 +229,7 @@ class _Reader:
         if over <= 0:
             return 0
         advice = "shorten it, raise --max-length, or cut prompts with --overflow truncate"
-        if self.overflow == "error" or not self.causal:
+        if self.overflow == "error" or not self.one_text:
             raise RowError(f"has {max(lengths)} tokens, more than the context of {self.limit}: {advice}")
         if over >= start - 1:
             raise RowError(f"has a completion longer than the context of {self.limit} tokens: shorten it")

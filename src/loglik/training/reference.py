@@ -22,6 +22,7 @@ from torch import Tensor
 from loglik.errors import InputError
 from loglik.kinds import Kind, Unit
 from loglik.likelihood import LogLikelihood
+from loglik.models.protocol import is_sampled
 from loglik.models.trunk import evaluating
 from loglik.progress import bar
 from loglik.training.data import Numbered, Row, RowBatch
@@ -55,8 +56,7 @@ class ModelReference:
     def __call__(self, batch: RowBatch) -> LogLikelihood:
         """Log-likelihoods under the model."""
         with evaluating(self.model.model):
-            found: LogLikelihood = self.model.log_prob(batch.tokens).detach()
-        return found
+            return batch.likelihood(self.model).detach()
 
 
 class AdapterOff:
@@ -75,8 +75,7 @@ class AdapterOff:
     def __call__(self, batch: RowBatch) -> LogLikelihood:
         """Log-likelihoods under the base model."""
         with evaluating(self.model.model), self.model.model.disable_adapter():
-            found: LogLikelihood = self.model.log_prob(batch.tokens).detach()
-        return found
+            return batch.likelihood(self.model).detach()
 
 
 class RowReference:
@@ -188,6 +187,9 @@ class References:
         """
         if not rows.rolled and len(rows) and "reference" in rows[0][1].values:
             return RowReference(self.policy)
+        if self._is_sampled():
+            self.freeze()  # random numbers change from step to step, so nothing can be computed in advance
+            return self.live
         if self.identified is None:
             return self.live
         key = weights_digest(self.identified)
@@ -195,7 +197,13 @@ class References:
 
     def of_fresh(self, rows: Numbered) -> Reference:
         """For rows drawn while training: computed once, not kept on disk."""
+        if self._is_sampled():
+            return self.live
         return stored(self.live, rows, batch_size=self.batch_size)
+
+    def _is_sampled(self) -> bool:
+        """Whether the reference's likelihoods depend on random numbers, which it must share with the policy."""
+        return isinstance(self.live, ModelReference | AdapterOff) and is_sampled(self.live.model)
 
     def freeze(self) -> None:
         """Copy the policy if it is its own reference: rows to come will ask for it when it has changed."""

@@ -47,7 +47,7 @@ class Loss(nn.Module):
         if isinstance(model, RewardModel):
             extra["rewards"] = model.rewards(batch.tokens)
         # An objective on the model itself makes its own forward pass, unless it asks for likelihoods too.
-        policy = model.log_prob(batch.tokens) if needs.likelihoods else None
+        policy = batch.likelihood(model) if needs.likelihoods else None
         return terms_of(objective, needs, batch, policy, reference, extra)
 
     def standing_in(self, batch: RowBatch) -> Terms:
@@ -208,7 +208,7 @@ def mismatched_sums(
     total, count = 0.0, 0
     for indices in batches:
         other = rolled.batch(indices).to(model.model.device)
-        ratio = model.log_prob(other.tokens).value - reference(other).value
+        ratio = other.likelihood(model).value - reference(other).value
         total, count = total + float(ratio.double().sum()), count + len(ratio)
     return total, count
 
