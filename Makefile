@@ -53,7 +53,7 @@ bench: $(VENV)/.dev
 bench-scoring: $(VENV)/.dev
 	$(BIN)/python benchmarks/run.py scoring
 
-# DPO steps beside TRL's trainer: time and peak memory at two vocabularies.
+# DPO steps beside TRL's trainer: time and peak memory at two vocabularies; about an hour.
 bench-training: $(VENV)/.dev
 	$(BIN)/python benchmarks/run.py training
 

@@ -49,7 +49,7 @@ REPEATS = 200
 FIXED = ("left_to_right", "right_to_left")  # exact, for another model: no estimators of the bound
 Row = dict[str, Any]
 
-# By the name in ESTIMATORS: what is drawn with a budget of n evaluations, by points in one draw or by independent draws.
+# By the name in ESTIMATORS: what is drawn with a budget of n evaluations, all in one draw or in independent draws.
 ENTRIES: tuple[tuple[str, str, Callable[[int], Estimator]], ...] = (
     ("count", "independent", lambda n: Counts()),
     ("count", "spread over the budget", Counts),
