@@ -145,22 +145,8 @@ def main(recipe: Recipe) -> None:
             )
             done.write_text(json.dumps({"seconds": result.seconds, "validation": result.validation}))
         seconds.append(json.loads(done.read_text())["seconds"])
-    final = recipe.output / "final"
-    model.model.to(torch.bfloat16).save_pretrained(final)
-    tokenizer.save_pretrained(final)
-    # The name that older versions of transformers know, too.
-    settings_file = final / "tokenizer_config.json"
-    settings_file.write_text(
-        json.dumps(json.loads(settings_file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2)
-        + "\n"
-    )
-    logs = [(recipe.output / f"phase{phase}" / "log.jsonl").read_text().splitlines() for phase in (1, 2)]
-    curve = [
-        {"phase": phase, **{k: line[k] for k in ("step", "loss", "validation") if k in line}}
-        for phase, lines in enumerate(logs, start=1)
-        for line in map(json.loads, lines)
-        if line["step"] % 50 == 0
-    ]
+    final = save_final(model, recipe.output / "final")
+    curve = curve_of([recipe.output / f"phase{phase}" for phase in (1, 2)])
     record = {
         "recipe": {k: v for k, v in asdict(recipe).items() if not isinstance(v, Path) and v is not None},
         "python": platform.python_version(),
@@ -179,12 +165,41 @@ def main(recipe: Recipe) -> None:
     (recipe.output / "record.json").write_text(json.dumps(record, indent=1) + "\n")
     if recipe.install is not None:
         recipe.install.mkdir(parents=True, exist_ok=True)
-        for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json"):
+        names = (
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        )
+        for name in names:
             shutil.copyfile(final / name, recipe.install / name)
-        shutil.copyfile(settings_file, recipe.install / settings_file.name)
         here = Path(__file__).parent
         shutil.copyfile(recipe.output / "record.json", here / "record.json")
         (here.parents[1] / "docs" / "_tiny_record.md").write_text(describe(record), encoding="utf-8")
+
+
+def save_final(model: Any, where: Path) -> Path:
+    """The finished model in bfloat16, with its tokenizer."""
+    model.model.to(torch.bfloat16).save_pretrained(where)
+    model.tokenizer.save_pretrained(where)
+    # The name that older versions of transformers know, too.
+    settings_file = where / "tokenizer_config.json"
+    settings_file.write_text(
+        json.dumps(json.loads(settings_file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2)
+        + "\n"
+    )
+    return where
+
+
+def curve_of(phases: list[Path]) -> list[dict[str, Any]]:
+    """Every fiftieth line of the logs of a run's phases."""
+    return [
+        {"phase": phase, **{k: line[k] for k in ("step", "loss", "validation") if k in line}}
+        for phase, folder in enumerate(phases, start=1)
+        for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+        if line["step"] % 50 == 0
+    ]
 
 
 def describe(record: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import tyro
-from train import shuffled, token_stream
+from train import curve_of, save_final, shuffled, token_stream
 
 from loglik import load, score
 from loglik.models.diffusion import BidirectionalLlama, BidirectionalLlamaConfig, MaskedDiffusionLM
@@ -107,22 +107,11 @@ def main(recipe: Recipe) -> None:
             )
             done.write_text(json.dumps({"seconds": result.seconds, "validation": result.validation}))
         seconds.append(json.loads(done.read_text())["seconds"])
-    final = recipe.output / "final"
-    model.model.to(torch.bfloat16).save_pretrained(final)
-    tokenizer.save_pretrained(final)
-    settings_file = final / "tokenizer_config.json"
-    settings_file.write_text(
-        json.dumps(json.loads(settings_file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2)
-        + "\n"
-    )
+    final = save_final(model, recipe.output / "final")
     texts = [document.text for document in stdlib_documents("held_out")]
     shipped = load(final, device="cpu", num_samples=recipe.evaluation_samples)
     bound = score(shipped, texts, unit="byte", overflow="window").total().bits_per_byte()
     exact = score(causal, texts, unit="byte", overflow="window").total().bits_per_byte()
-    logs = [
-        (recipe.output / f"phase{number + 1}" / "log.jsonl").read_text().splitlines()
-        for number in range(len(recipe.steps))
-    ]
     record = {
         "recipe": {k: v for k, v in asdict(recipe).items() if not isinstance(v, Path) and v is not None},
         "python": platform.python_version(),
@@ -136,12 +125,7 @@ def main(recipe: Recipe) -> None:
         "held_out_bits_per_byte": bound.item(),
         "standard_error": float(bound.stderr) if bound.stderr is not None else None,
         "tiny_bits_per_byte": exact.item(),
-        "curve": [
-            {"phase": phase, **{k: line[k] for k in ("step", "loss", "validation") if k in line}}
-            for phase, lines in enumerate(logs, start=1)
-            for line in map(json.loads, lines)
-            if line["step"] % 50 == 0
-        ],
+        "curve": curve_of([recipe.output / f"phase{number + 1}" for number in range(len(recipe.steps))]),
     }
     (recipe.output / "record.json").write_text(json.dumps(record, indent=1) + "\n")
     if recipe.install is not None:
@@ -166,7 +150,7 @@ def describe(record: dict[str, Any]) -> str:
         "minutes.",
         f"- Held-out bits per byte, at most: **{record['held_out_bits_per_byte']:.4f}** ± "
         f"{record['standard_error']:.4f} ({recipe['evaluation_samples']} masks per window; an upper bound). `tiny`, "
-        f"exactly, in the same windows of half its context: {record['tiny_bits_per_byte']:.4f}.",
+        f"exactly, in windows of half its own context: {record['tiny_bits_per_byte']:.4f}.",
         "",
         "| phase | step | training bound (nats/token) | held-out bound (nats/token) |",
         "|---|---|---|---|",
