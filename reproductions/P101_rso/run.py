@@ -230,9 +230,9 @@ def notes(report: Report) -> list[str]:
         "All trained policies overshoot: gamma = 0.1 on 256 pairs leads far beyond the optimum at beta = 0.5 (KL "
         f"{report.range('kl, rso', '.1f')} nats for rso). Labels are Bradley-Terry draws from the true reward; the "
         "paper's come from a learned ranker.",
-        "An untrained reference as the main arm, and N = 8 and N = 64 as separate checks, were settled after development "
-        "seeds 0 and 1; no threshold was changed. Further seeds, beside the verdict: rso above direct pairs in 9 of 15 "
-        "(seeds 16 to 30); with 2,048 pairs in 6 of 8 (seeds 16 to 23) and in 2 of 5 (seeds 11 to 15).",
+        "An untrained reference as the main arm, and N = 8 and N = 64 as separate checks, were settled after "
+        "development seeds 0 and 1; no threshold was changed. Further seeds, beside the verdict: rso above direct "
+        "pairs in 9 of 15 (seeds 16 to 30); with 2,048 pairs in 6 of 8 (seeds 16 to 23) and in 2 of 5 (seeds 11 to 15).",
     ]
 
 

@@ -28,6 +28,7 @@ from loglik.models.diffusion import (
     SubsetTable,
     Times,
 )
+from loglik.models.diffusion.streams import row_streams
 
 ROWS = [[2, 0, 3, 1, 1], [1, 3, 2], [0, 0, 1, 2]]  # the first token is a prompt
 UNBIASED = [
@@ -229,6 +230,16 @@ def test_draws_are_named_and_shared(lm):
         apart = lm.log_prob(x) - near.log_prob(x, draws=DrawsKey.of("other"))
     assert shared.kind is Kind.SURROGATE
     assert bool((shared.stderr < 0.2 * apart.stderr).all())  # common random numbers
+
+
+def test_rows_draw_numbers_of_their_own(lm):
+    """So that their errors average out; equal rows draw equal numbers."""
+    packed, _ = whole([[2, 0, 3, 1], [2, 0, 3, 2], [2, 0, 3, 1]], prompt=1).packed_left()
+    first, other, equal = (stream.random(4).tolist() for stream in row_streams(DrawsKey.of("a"), packed))
+    assert first == equal
+    assert first != other
+    (scored_later,) = row_streams(DrawsKey.of("a"), whole([[2, 0, 3, 1]], prompt=2).packed_left()[0])
+    assert scored_later.random(4).tolist() != first
 
 
 def test_a_budget_by_standard_error(lm, tables):

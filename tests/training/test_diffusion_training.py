@@ -19,7 +19,7 @@ from loglik.objectives.density_ratio import ddo
 from loglik.objectives.diffusion_policy import bgpo, gdpo
 from loglik.objectives.preference import dpo, ipo
 from loglik.objectives.token_preference import tab_po
-from loglik.training import DrawGroups, Online, Row, TrainConfig, fit
+from loglik.training import DrawGroups, Online, Row, TrainConfig, evaluate, fit
 from loglik.training.lora import LoraSettings, with_lora
 from training import preference_rows
 
@@ -73,6 +73,13 @@ def test_policy_and_reference_share_their_masks(tmp_path):
     assert found[0] == pytest.approx(math.log(2), abs=1e-6)
     assert abs(found[1] - math.log(2)) > 1e-4
     assert not (tmp_path / "reference").exists()  # nothing to store: masks change
+
+
+def test_evaluation_gives_both_the_same_masks_too():
+    """Whatever seeds the two models were made with."""
+    found = evaluate(policy(), partial(dpo, beta=0.5), PAIRS, batch_size=2, reference=policy(seed=5))
+    assert found.loss == pytest.approx(math.log(2), abs=1e-6)
+    assert found.metrics["margin"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_an_adapter_is_its_own_reference(tmp_path):
