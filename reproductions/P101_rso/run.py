@@ -232,7 +232,8 @@ def notes(report: Report) -> list[str]:
         "paper's come from a learned ranker.",
         "An untrained reference as the main arm, and N = 8 and N = 64 as separate checks, were settled after "
         "development seeds 0 and 1; no threshold was changed. Further seeds, beside the verdict: rso above direct "
-        "pairs in 9 of 15 (seeds 16 to 30); with 2,048 pairs in 6 of 8 (seeds 16 to 23) and in 2 of 5 (seeds 11 to 15).",
+        "pairs in 9 of 15 (seeds 16 to 30); with 2,048 pairs in 6 of 8 (seeds 16 to 23) and in 2 of 5 (seeds 11 "
+        "to 15).",
     ]
 
 
