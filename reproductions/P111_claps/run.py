@@ -22,7 +22,8 @@ from loglik.objectives.supervised import MaximumLikelihood
 VOCABULARY, PAD, START, EOS, CONTENT = 40, 0, 1, 2, 3  # symbols are 3..39
 WIDTH, SHORTEST, LONGEST = 64, 6, 10
 PAIRS, FEW, HELD_OUT = 2000, 300, 200
-BATCH, LR, STEPS, FEW_STEPS, RUNS = 64, 2e-3, 1000, 300, 2
+BATCH, LR, RUNS = 64, 2e-3, 2
+STEPS, FEW_STEPS = 500, 150  # of likelihood, and then as many of CLAPS
 LENGTHS = (0.1, 0.3, 1.0)  # of a step, in mean norms of the states
 MAIN = 0.3
 
@@ -34,10 +35,11 @@ CLAIM = Claim(
     ),
     setup=(
         "Reversal with a fixed substitution, length 6-10, 37 symbols, 2000 pairs. Encoder-decoder transformer of width "
-        "64 with one layer each side, trained by CLAPS (tau 0.1, both steps 0.3 mean norms) with its projection: 1000 "
-        "Adam steps of 64 pairs, learning rate 2e-3, no dropout. Measured on 200 held-out pairs with steps of 0.1, 0.3 "
-        "and 1 mean norms; the rules look at 0.3. Beside it: 300 training pairs, 300 steps, CLAPS and likelihood "
-        "alone from the same start, two runs per seed, exact match of greedy decoding on the held-out pairs."
+        "64 with one layer each side: 500 Adam steps of likelihood on 64 pairs (the paper starts from a pretrained "
+        "T5), then 500 of CLAPS (tau 0.1, both steps 0.3 mean norms) with its projection; learning rate 2e-3, no "
+        "dropout. Measured on 200 held-out pairs with steps of 0.1, 0.3 and 1 mean norms; the rules look at 0.3. "
+        "Beside it: 300 training pairs, 150 steps of likelihood and 150 of CLAPS or again of likelihood from the same "
+        "start, two runs per seed, exact match of greedy decoding on the held-out pairs."
     ),
     checks=(
         Check(
@@ -137,16 +139,19 @@ def batch_of(data: tuple[list[list[int]], list[int]], chosen: list[int] | None =
 
 
 def train(data: tuple[list[list[int]], list[int]], steps: int, contrast: bool, seed: int) -> tuple[Seq2SeqLM, Claps]:
-    """The model and the projection; the same start and the same batches with and without the contrast."""
+    """The model and the projection after `steps` of likelihood and as many of CLAPS, or of likelihood again.
+
+    The same start and the same batches either way.
+    """
     torch.manual_seed(seed)
     model, objective = network(), Claps(WIDTH, eps_neg=MAIN, eps_pos=MAIN)
     model.model.train()
     likelihood = MaximumLikelihood("token_mean")
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam([*model.model.parameters(), *objective.parameters()], lr=LR)
-    for _ in range(steps):
+    for step in range(2 * steps):
         batch = batch_of(data, torch.randint(len(data[0]), (BATCH,), generator=generator).tolist())
-        terms = objective(model, batch) if contrast else likelihood(model.log_prob(batch))
+        terms = objective(model, batch) if contrast and step >= steps else likelihood(model.log_prob(batch))
         optimizer.zero_grad()
         terms.mean().backward()
         optimizer.step()
@@ -277,6 +282,10 @@ def notes(report: Report) -> list[str]:
             for length in LENGTHS
         ),
         f"The model that is taken apart matches {report.range('exact match', '.2f')} of the held-out targets exactly.",
+        "A first run trained by CLAPS from random weights (1,000 steps, the same seeds): the model learned nothing "
+        "(3.3 to 3.6 nats per token, no exact match), because source and perturbations found each other before the "
+        "likelihood had taught the states anything, and only the first rule held. The start by likelihood was settled "
+        "on seed 0 after that; no rule was changed.",
     ]
 
 
