@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,12 +63,16 @@ class EnergyConfig:
         objective: ``kl``, REINFORCE on the Kullback-Leibler divergence, or ``flow_matching``, regression of the
             log-marginals of whole vectors, which learns log Z too.
         steps: optimizer steps.
-        batch_size: persistent samples; all are moved and used at every step.
+        batch_size: rows per step: persistent samples, which are moved before each, and uniform vectors.
         learning_rate: of Adam at the start.
+        log_z_learning_rate: that of the learned log Z, a number that has far to go in steps of this size.
         final_lr_ratio: last learning rate over the first, along a cosine; 1 for a constant one.
         max_grad_norm: gradient-norm clip; 0 for none.
         alpha: weight of self-consistency; without it (0) the conditional network is not trained.
         block: entries of every sample that are drawn again before each step; at most D.
+        uniform_share: of the rows, how many are uniform vectors instead of persistent samples. Flow matching and
+            self-consistency train on them too, so that states that the model rarely draws are visited; REINFORCE needs
+            the model's own.
         seed: of the samples, orders and steps.
     """
 
@@ -76,10 +80,12 @@ class EnergyConfig:
     steps: int = 3000
     batch_size: int = 256
     learning_rate: float = 5e-4
+    log_z_learning_rate: float = 0.1
     final_lr_ratio: float = 0.0
     max_grad_norm: float = 0.0
     alpha: float = 4.0
     block: int = 4
+    uniform_share: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -87,8 +93,12 @@ class EnergyConfig:
             raise InputError(f"objective must be 'kl' or 'flow_matching', got {self.objective!r}")
         _require_steps(steps=self.steps, batch_size=self.batch_size, block=self.block)
         _require_rates(self.learning_rate, self.final_lr_ratio, self.max_grad_norm)
+        if not 0 < self.log_z_learning_rate < math.inf:
+            raise InputError(f"log_z_learning_rate must be positive and finite, got {self.log_z_learning_rate}")
         if not 0 <= self.alpha < math.inf:
             raise InputError(f"alpha must be at least 0 and finite, got {self.alpha}")
+        if not 0 <= self.uniform_share <= 1:
+            raise InputError(f"uniform_share must lie between 0 and 1, got {self.uniform_share}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +147,7 @@ def fit_marginals(model: AnyOrderMarginals, data: Tensor, config: MarginalsConfi
 
     curves = _descend(
         nll,
-        model.conditional_network.parameters(),
+        [(list(model.conditional_network.parameters()), config.learning_rate)],
         config.conditional_steps,
         config,
         "any-order conditionals",
@@ -153,7 +163,11 @@ def fit_marginals(model: AnyOrderMarginals, data: Tensor, config: MarginalsConfi
         return {"marginal": terms.mean(), "residual": terms.metrics["residual"].mean()}
 
     curves |= _descend(
-        disagreement, model.marginal_network.parameters(), config.marginal_steps, config, "any-order marginals"
+        disagreement,
+        [(list(model.marginal_network.parameters()), config.learning_rate)],
+        config.marginal_steps,
+        config,
+        "any-order marginals",
     )
     return MarginalsFit(curves, time.monotonic() - began)
 
@@ -185,7 +199,8 @@ def fit_energy(
         raise InputError(f"block is {config.block}, and vectors have {model.dims} entries: lower it")
     generator = torch.Generator().manual_seed(config.seed)
     began = time.monotonic()
-    samples = model.sample(config.batch_size, generator=generator)
+    uniform = round(config.uniform_share * config.batch_size)
+    samples = model.sample(config.batch_size - uniform, generator=generator)
     everything = torch.ones(model.dims, dtype=torch.bool, device=model.device)
     first = next(model.parameters())
     regression = config.objective == "flow_matching"
@@ -194,40 +209,47 @@ def fit_energy(
     def loss() -> dict[str, Tensor]:
         nonlocal samples
         samples = model.gibbs(samples, config.block, generator=generator)
+        anywhere = torch.randint(model.values, (uniform, model.dims), generator=generator).to(samples.device)
+        rows = torch.cat([samples, anywhere])
+        matched = rows if regression else samples
         with torch.no_grad():
-            target = log_density(samples)
-        l_x = model.log_marginal(samples, everything)
+            target = log_density(matched)
+        l_x = model.log_marginal(matched, everything)
         total = (flow_matching(l_x, target) if regression else kl_reinforce(l_x, target)).mean()
         if not config.alpha:
             return {"loss": total}
-        terms = marginal_self_consistency(model, samples, generator, freeze_conditionals=False, log_normalizer=log_z)
+        terms = marginal_self_consistency(model, rows, generator, freeze_conditionals=False, log_normalizer=log_z)
         return {"loss": total + config.alpha * terms.mean(), "residual": terms.metrics["residual"].mean()}
 
-    trained = [*model.parameters(), *([log_z] if regression else [])]
-    curves = _descend(loss, trained, config.steps, config, f"energy-based ({config.objective})")
+    groups = [(list(model.parameters()), config.learning_rate)]
+    groups += [([log_z], config.log_z_learning_rate)] if regression else []
+    curves = _descend(loss, groups, config.steps, config, f"energy-based ({config.objective})")
     return MarginalsFit(curves, time.monotonic() - began, float(log_z.detach()) if regression else None)
 
 
 def _descend(
     losses: Callable[[], dict[str, Tensor]],
-    parameters: Iterable[nn.Parameter],
+    groups: Sequence[tuple[Sequence[nn.Parameter], float]],
     steps: int,
     config: MarginalsConfig | EnergyConfig,
     title: str,
 ) -> dict[str, tuple[float, ...]]:
-    """Adam on the first of the named numbers that `losses` gives at every step; all of them, step by step.
+    """Adam on groups of parameters with their learning rates, and the curve of every number that `losses` gives.
+
+    The first of the numbers is the loss.
 
     Raises:
         LoglikError: if one of them or the gradient is not finite.
     """
-    trained = list(parameters)
-    optimizer = torch.optim.Adam(trained, lr=config.learning_rate)
+    trained = [parameter for group, _ in groups for parameter in group]
+    optimizer = torch.optim.Adam([{"params": group, "lr": rate} for group, rate in groups])
     curves: dict[str, list[float]] = {}
     with bar(title, total=steps, unit="step") as advance:
         for step in range(steps):
-            shape = 0.5 * (1 + math.cos(math.pi * step / steps))
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * (config.final_lr_ratio + (1 - config.final_lr_ratio) * shape)
+            falling = 0.5 * (1 + math.cos(math.pi * step / steps))
+            share = config.final_lr_ratio + (1 - config.final_lr_ratio) * falling
+            for group, (_, rate) in zip(optimizer.param_groups, groups, strict=True):
+                group["lr"] = rate * share
             numbers = losses()
             loss = next(iter(numbers.values()))
             optimizer.zero_grad()
