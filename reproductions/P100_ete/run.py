@@ -372,8 +372,8 @@ def notes(report: Report) -> list[str]:
         f"{report.range('ETE, likeliest: different texts')}, because what is explored is drawn; all have the same "
         "-log p(x), below the entropy.",
         f"Drawn values break the rule's promise: {report.mean('rounds of the rule outside it, drawn'):.0f} of "
-        f"{report.mean('rounds of the rule, drawn'):.0f} rounds (means) commit an unlikely value, and the budgets do not cover "
-        "them.",
+        f"{report.mean('rounds of the rule, drawn'):.0f} rounds (means) commit an unlikely value, and the "
+        "budgets do not cover them.",
         "All tokens of a fresh chunk are equally uncertain, and the first one, which is the value itself, is explored. "
         f"With the value in the last token ETE needs {rounds('value last, ETE, likeliest')} rounds "
         f"(drawn {rounds('value last, ETE, drawn')}) against {rounds('value last, cross-block, likeliest')}, with an "
