@@ -12,6 +12,7 @@ from scipy.stats import chisquare
 from diffusion_beds import all_texts, empty_prompt, joint_lm, random_joint
 from loglik import InputError
 from loglik.decoding.parallel import (
+    Choice,
     DynamicThreshold,
     ExploreThenExploit,
     MostConfident,
@@ -21,6 +22,7 @@ from loglik.decoding.parallel import (
     parallel_decode,
     rounds_lower_bound,
 )
+from loglik.models.diffusion import infilling
 
 
 def view(confidence: list[float], block: list[int] | None = None) -> View:
@@ -170,8 +172,9 @@ def test_the_bound_on_rounds():
         assert sum(r.nats for r in within) <= 0.9 * len(within) + 1e-9
     assert rounds_lower_bound(10.0, 64, 1.0) == pytest.approx(10.0)
     assert rounds_lower_bound(10.0, 64, 0.5, error=9.9) == pytest.approx(10.0 / math.log(65 / 33))
-    with pytest.raises(InputError, match="nll finite"):
-        rounds_lower_bound(math.nan, 64, 0.5)
+    for nll, error in ((math.nan, 0.0), (10.0, math.nan)):
+        with pytest.raises(InputError, match="nll finite"):
+            rounds_lower_bound(nll, 64, 0.5, error)
 
 
 def test_certain_texts_take_one_round_and_uncertain_ones_one_each():
@@ -193,8 +196,27 @@ def test_rows_do_not_depend_on_the_batch():
     assert torch.equal(together.tokens.ids[:1], alone.tokens.ids)
 
 
+def test_a_canvas_stays_as_it_is():
+    lm = joint_lm(random_joint(3, 3))
+    canvas = infilling(lm, [[3, 1, 3]])
+    first, again = (parallel_decode(lm, canvas, RandomPositions(1), seed=4) for _ in range(2))
+    assert first.evaluations.tolist() == again.evaluations.tolist() == [2]
+    assert torch.equal(first.tokens.ids, again.tokens.ids)
+    assert bool(canvas.hidden.any())
+
+
+class Idle:
+    """A policy that commits nothing."""
+
+    def choose(self, view, rng):
+        nothing = np.zeros(len(view.block), dtype=bool)
+        return Choice(nothing, nothing, fallback=False)
+
+
 def test_refusals():
     lm = joint_lm(random_joint(3, 2))
+    with pytest.raises(InputError, match="Idle chose no token"):
+        parallel_decode(lm, empty_prompt(), Idle(), length=2)
     for make, match in (
         (lambda: StaticThreshold(0.0), "threshold must lie"),
         (lambda: DynamicThreshold(1.1), "factor must lie"),

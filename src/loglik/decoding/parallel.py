@@ -216,7 +216,7 @@ class Round:
 
     Attributes:
         committed: tokens.
-        explored: how many of them were uncertain ones.
+        explored: how many of them the policy explored, drawn whatever ``commit`` says.
         nats: sum of -log p of the committed values under their marginals.
         least: the lowest of those probabilities.
         fallback: the rule admitted nothing.
@@ -272,7 +272,7 @@ def parallel_decode(
 
     Args:
         model: gives the marginals of hidden tokens.
-        prompt: rows to continue, or a canvas with gaps.
+        prompt: rows to continue, or a canvas with gaps (which stays as it is; `n` and `length` are not for it).
         policy: which tokens a round commits.
         n: decodings per prompt row.
         length: tokens to generate.
@@ -286,7 +286,7 @@ def parallel_decode(
     """
     if commit not in ("argmax", "sample"):
         raise InputError(f"commit must be 'argmax' or 'sample', got {commit!r}")
-    canvas = prompt if isinstance(prompt, Canvas) else canvas_of(model, prompt, n=n, length=length)
+    canvas = prompt.copy() if isinstance(prompt, Canvas) else canvas_of(model, prompt, n=n, length=length)
     size = int(canvas.generated.sum(1).max()) if block_length is None else block_length
     if size < 1:
         raise InputError(f"block_length must be at least 1, got {block_length}")
@@ -303,6 +303,8 @@ def parallel_decode(
             view = View(blocks[row, place].numpy(), marginals, marginals.max(1))
             choice = policy.choose(view, streams[row])
             picked = np.flatnonzero(choice.exploit | choice.explore)
+            if not len(picked):
+                raise InputError(f"{type(policy).__name__} chose no token in a round: a policy commits at least one")
             draw = choice.explore[picked] | (commit == "sample")
             tokens = _values(marginals[picked], draw, streams[row])
             canvas.reveal(torch.full((len(picked),), row), place[picked], torch.from_numpy(tokens))
@@ -335,10 +337,10 @@ def rounds_lower_bound(nll: float, length: int, factor: float, error: float = 0.
     Raises:
         InputError: for arguments out of range.
     """
-    if not 0 < factor <= 1 or length < 1 or not math.isfinite(nll) or nll < 0:
+    if not 0 < factor <= 1 or length < 1 or not (math.isfinite(nll) and math.isfinite(error)) or nll < 0:
         raise InputError(
-            f"factor must lie in (0, 1], length be positive and nll finite and not negative; got {factor}, {length}, "
-            f"{nll}"
+            "factor must lie in (0, 1], length be positive, nll finite and not negative and error finite; got "
+            f"{factor}, {length}, {nll} and {error}"
         )
     return max(nll / math.log((length + 1) / ((1 - factor) * length + 1)), (nll - error) / factor)
 

@@ -43,9 +43,9 @@ def bgpo(
        \;\le\; A \exp\Big(\frac1n \sum_j \delta_j\Big)
 
     is maximised. On policy its value is A and its gradient :math:`A\, \nabla \text{ELBO}`, those of the right side.
-    Each summand depends on one mask: give the terms of one draw at a time (`EvidenceTerms.terms`, or ``draws_per_step``
-    in training), and every graph is freed before the next is built. Given all draws at once, ``policy.samples`` (S, N),
-    the mean over them is taken here.
+    Each summand depends on one mask: give the terms of one draw at a time (`EvidenceTerms.terms`, or
+    ``draws_per_step`` in training), and every graph is freed before the next is built. Equal completions share
+    their masks. Given all draws at once, ``policy.samples`` (S, N), the mean over them is taken here.
 
     Args:
         policy: (N,) bound on :math:`\log \pi_\theta(y)`, differentiable.

@@ -9,7 +9,7 @@ time conditioning need not run again where nothing changed (RADD, arXiv 2406.037
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -85,6 +85,10 @@ class Canvas:
         self.ids[row, column] = tokens
         self.hidden[row, column] = False
 
+    def copy(self) -> Canvas:
+        """The same, to be filled in without changing this one."""
+        return replace(self, ids=self.ids.clone(), hidden=self.hidden.clone())
+
     def sample(self, evaluations: Tensor) -> DiffusionSample:
         """The rows as they are."""
         return DiffusionSample(TokenBatch(self.ids, self.real, self.generated, self.starts), evaluations)
@@ -135,7 +139,7 @@ def first_hitting(
 
     Args:
         model: gives conditionals.
-        prompt: rows to continue, or a canvas.
+        prompt: rows to continue, or a canvas, which stays as it is (`n` and `length` are not for it).
         n: samples per prompt row.
         length: tokens to generate.
         generator: of the random numbers, on the CPU.
@@ -275,7 +279,7 @@ def _one_by_one(
 
 
 def _canvas(model: MaskedConditionals, prompt: TokenBatch | Canvas, n: int, length: int) -> Canvas:
-    return prompt if isinstance(prompt, Canvas) else canvas_of(model, prompt, n=n, length=length)
+    return prompt.copy() if isinstance(prompt, Canvas) else canvas_of(model, prompt, n=n, length=length)
 
 
 def _inverse(probs: Tensor, uniform: Tensor) -> Tensor:
