@@ -113,7 +113,9 @@ class Counts(_Bound):
 class Bernoulli(_Bound):
     r"""Every token hidden with probability :math:`\lambda`, uniform on (0, 1]: :math:`S(m) / \lambda` (lambda-DCE).
 
-    The weight makes its tail heavy: `Counts` has the same mean at a fraction of the variance.
+    Its variance is infinite: a level near 0 hides one token with a probability in proportion to the level, and the
+    squared weight is one over its square. Standard errors of a sample look finite and understate it. `Counts` has the
+    same mean and a finite variance.
 
     Args:
         points: masks per draw.
