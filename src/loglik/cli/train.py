@@ -104,6 +104,8 @@ class Train:
     """Complete checkpoints to keep."""
     log_every: int = 10
     """Steps between lines of OUTPUT/log.jsonl."""
+    shard: bool = False
+    """Cut weights, gradients and optimizer state up over the processes (FSDP2)."""
     report_to: tuple[str, ...] = ()
     """Trackers of Accelerate, such as tensorboard."""
     resume: bool = False
@@ -136,6 +138,7 @@ class Train:
             eval_every=self.eval_every,
             log_every=self.log_every,
             draws_per_step=self.draws_per_step,
+            shard=self.shard,
             report_to=self.report_to,
         )
         result = fit(

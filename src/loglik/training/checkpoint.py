@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from loglik.errors import InputError
+from loglik.training.sharding import full, like
 
 __all__ = ["latest_checkpoint", "load_checkpoint", "save_checkpoint"]
 
@@ -24,20 +25,31 @@ _STATE = "state.json"
 
 
 def save_checkpoint(
-    directory: Path, *, module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
+    directory: Path,
+    *,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    keep: int,
+    write: bool = True,
 ) -> Path:
-    """Write ``checkpoint-<step>`` under `directory`, visible only once complete; remove all but the `keep` newest."""
+    """Write ``checkpoint-<step>`` under `directory`, visible only once complete; remove all but the `keep` newest.
+
+    Sharded tensors are gathered, for which every process must call; `write` says which of them writes.
+    """
     final = directory / f"checkpoint-{state['step']:08d}"
-    partial = directory / f".partial-{state['step']:08d}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     names: dict[torch.Tensor, str] = {parameter: name for name, parameter in _trained(module).items()}
-    weights = {name: parameter.detach().contiguous() for parameter, name in names.items()}
+    weights = {name: _stored(parameter) for parameter, name in names.items()}
     weights |= {f"buffer:{name}": buffer.contiguous() for name, buffer in module.named_buffers()}
     slots: dict[str, torch.Tensor] = {}
     for parameter, entries in optimizer.state.items():
         for slot, value in entries.items():
-            slots[f"{names[parameter]}:{slot}"] = torch.as_tensor(value).detach().contiguous()
+            slots[f"{names[parameter]}:{slot}"] = _stored(torch.as_tensor(value))
+    if not write:
+        return final
+    partial = directory / f".partial-{state['step']:08d}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     save_file(weights, partial / "weights.safetensors")
     save_file(slots, partial / "optimizer.safetensors")
     (partial / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
@@ -76,14 +88,19 @@ def load_checkpoint(path: Path, *, module: nn.Module, optimizer: torch.optim.Opt
         raise InputError(f"checkpoint {path} belongs to another architecture; give its own model or another output")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+            parameter.copy_(like(weights[name], parameter))
         for name, buffer in module.named_buffers():
             buffer.copy_(weights[f"buffer:{name}"])
     for key, value in slots.items():
         name, slot = key.rsplit(":", 1)
         parameter = parameters[name]
-        optimizer.state[parameter][slot] = value if slot == "step" else value.to(parameter.device)
+        optimizer.state[parameter][slot] = value if slot == "step" else like(value, parameter)
     return state
+
+
+def _stored(tensor: torch.Tensor) -> torch.Tensor:
+    found = full(tensor.detach())
+    return (found.cpu() if found is not tensor else found).contiguous()
 
 
 def _trained(module: nn.Module) -> dict[str, nn.Parameter]:

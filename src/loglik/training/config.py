@@ -35,6 +35,8 @@ class TrainConfig:
         log_every: steps between lines of ``log.jsonl``.
         draws_per_step: how often a step goes over its rows with other random numbers, for models whose likelihoods are
             sampled (diffusion): the step's loss is the mean, and memory does not grow with it.
+        shard: cut weights, gradients and optimizer state up over the processes (FSDP2), where one cannot hold them all;
+            a launch with FSDP sets it by itself.
         report_to: trackers of Accelerate that get the same numbers, such as ``tensorboard``.
     """
 
@@ -55,6 +57,7 @@ class TrainConfig:
     eval_every: int = 0
     log_every: int = 10
     draws_per_step: int = 1
+    shard: bool = False
     report_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -85,6 +88,6 @@ class TrainConfig:
 
     def fingerprint(self) -> dict[str, object]:
         """The fields that decide the result: what a resumed run must share with the checkpoint."""
-        free = {"save_every", "keep", "eval_every", "log_every", "report_to"}
+        free = {"save_every", "keep", "eval_every", "log_every", "shard", "report_to"}
         named = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in named.items()}

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from loglik.errors import InputError
 from loglik.progress import quiet_transformers
 from loglik.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from loglik.training.sharding import full_state, is_sharded, release
 
 __all__ = ["RunFiles"]
 
@@ -100,10 +101,12 @@ class RunFiles:
 
     def save(self, optimizer: Any, step: int, loss: float, rows: Any = None) -> None:
         """A checkpoint from which the run goes on."""
-        if self.accelerator.is_main_process:
+        sharded, main = is_sharded(self.model.model), self.accelerator.is_main_process
+        if main or sharded:
+            release(self.trained)
             state = {"step": step, "loss": loss, "config": self.settings, "best": self.best, "rows": rows}
             raw = getattr(optimizer, "optimizer", optimizer)
-            save_checkpoint(self.out, module=self.trained, optimizer=raw, state=state, keep=self.keep)
+            save_checkpoint(self.out, module=self.trained, optimizer=raw, state=state, keep=self.keep, write=main)
         self.accelerator.wait_for_everyone()
 
     def keep_best(self, loss: float, step: int) -> None:
@@ -114,8 +117,10 @@ class RunFiles:
 
     def export(self, where: Path) -> None:
         """The model for `from_pretrained`; of an adapter, the adapter alone."""
+        network = self.model.model
+        gathered = {"state_dict": full_state(network)} if is_sharded(network) else {}
         if self.accelerator.is_main_process:
             with quiet_transformers():
-                self.model.model.save_pretrained(where)
+                network.save_pretrained(where, **gathered)
             if self.model.tokenizer is not None:
                 self.model.tokenizer.save_pretrained(where)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, Literal, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -30,6 +31,7 @@ from loglik.training.inputs import Needs, needs_of, objective_name
 from loglik.training.interrupt import stop_on_sigterm
 from loglik.training.online import Online, rows_from_json, rows_to_json
 from loglik.training.reference import Reference, References
+from loglik.training.sharding import is_sharded, shard, wants_sharding, whole
 from loglik.training.step import Loss, take_step
 
 __all__ = ["Callback", "FitResult", "Trainable", "fit"]
@@ -137,13 +139,7 @@ class _Run:
             log_with=list(config.report_to) or None,
             project_dir=str(out),
         )
-        sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-        if self.accelerator.distributed_type in sharded:
-            # Checkpoints, references and evaluation read whole weights, of which each process would hold a part.
-            raise InputError(
-                f"training shards no weights, and this launch asks for {self.accelerator.distributed_type.value}: "
-                "launch it as plain data parallelism, with --lora or --gradient-checkpointing where memory is short"
-            )
+        self.sharded = wants_sharding(self.accelerator, config)
         if config.draws_per_step > 1 and not is_sampled(model):
             raise InputError("draws_per_step is for models whose likelihoods are sampled; this one's are not: leave it")
         processes = self.accelerator.num_processes
@@ -176,10 +172,7 @@ class _Run:
         held_out = _HeldOut(self, validation, callbacks)
         if online is not None and self.references is not None:
             self.references.freeze()
-        self.loss.to(self.accelerator.device)
-        optimizer = _optimizer(self.loss, config)
-        start, loss, kept_rows = files.prepare(optimizer, resume=resume)
-        wrapped, optimizer = self.accelerator.prepare(self.loss, optimizer)
+        wrapped, optimizer, (start, loss, kept_rows) = self._prepared(resume=resume)
         files.begin_tracking()
         measured = held_out({"step": 0}) if start == 0 and config.eval_every else None
         done, stopped = start, False
@@ -219,6 +212,18 @@ class _Run:
         best = files.best[1] if files.best else None
         return FitResult(done, loss, measured, self._seconds(), files.out, stopped, best)
 
+    def _prepared(self, *, resume: bool) -> tuple[Any, Any, tuple[int, float, Any]]:
+        """The network for this run's processes, its optimizer, and where the run stands."""
+        self.loss.to(self.accelerator.device)
+        if self.sharded:
+            shard(self.model, self.objective, self.accelerator, self.config)
+        optimizer = _optimizer(self.loss, self.config)
+        state = self.files.prepare(optimizer, resume=resume)
+        if self.sharded:
+            return self.loss, optimizer, state
+        wrapped, prepared = self.accelerator.prepare(self.loss, optimizer)
+        return wrapped, prepared, state
+
     def _steps(
         self, start: int, fixed: _Segment | None, online: Online | None, kept: Any
     ) -> Iterator[tuple[int, _Segment, list[RowBatch]]]:
@@ -256,13 +261,15 @@ class _Run:
         if kept is not None and begin % online.every:
             return Numbered(rows_from_json(kept))
         found: list[Any] = [None]
-        if self.accelerator.is_main_process:
-            module = self.model.model
-            module.eval()
-            generator = torch.Generator().manual_seed((self.config.seed << 32) + begin // online.every)
-            live = self.references.live if self.references is not None else None
-            found = [list(online.collect(self.model, live, generator))]
-            module.train()
+        module = self.model.model
+        with whole(module):
+            if self.accelerator.is_main_process:
+                module.eval()
+                generator = torch.Generator().manual_seed((self.config.seed << 32) + begin // online.every)
+                live = self.references.live if self.references is not None else None
+                found = [list(online.collect(self.model, live, generator))]
+                module.train()
+            self.accelerator.wait_for_everyone()
         if self.accelerator.num_processes > 1:
             broadcast_object_list(found)
         if not found[0]:
@@ -282,7 +289,9 @@ class _Segment:
         self.mismatched = Numbered(rows.rows, rolled=True) if run.needs.kl else None
         self.mismatched_reference: Reference | None = None
         if run.references is not None:
-            with run.accelerator.main_process_first():  # the others read what it has kept
+            # The others read what it has kept; a sharded policy takes all of them at once.
+            together = is_sharded(run.model.model)
+            with nullcontext() if together else run.accelerator.main_process_first():
                 of = run.references.of if kept else run.references.of_fresh
                 self.reference = of(rows)
                 self.mismatched_reference = of(self.mismatched) if self.mismatched is not None else None

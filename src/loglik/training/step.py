@@ -21,6 +21,7 @@ from loglik.training.config import TrainConfig
 from loglik.training.data import Numbered, RowBatch
 from loglik.training.inputs import Needs, objective_name, terms_of
 from loglik.training.reference import Reference
+from loglik.training.sharding import full, is_sharded
 
 __all__ = ["Loss", "Source", "StepResult", "add_metrics", "mismatched_sums", "take_step"]
 
@@ -108,9 +109,11 @@ def take_step(
     sums: dict[str, tuple[float, int]] = {}
     weight = 0.0
     bad: list[str] = []
+    sharded = is_sharded(loss.module)
     for i, (batch, against) in enumerate(zip(micro, references, strict=True)):
         last = i + 1 == len(micro)
-        with nullcontext() if last else accelerator.no_sync(wrapped):
+        # Sharded gradients are summed in their shards: nothing larger waits for the last micro-batch.
+        with nullcontext() if last or sharded else accelerator.no_sync(wrapped):
             with accelerator.autocast():
                 terms: Terms = wrapped(batch, against, kl)
             parts = list(terms.parts())
@@ -144,7 +147,10 @@ def take_step(
             "look at these rows"
         )
     limit = config.max_grad_norm or math.inf
-    result.grad_norm = float(accelerator.clip_grad_norm_(loss.parameters(), limit) or 0.0)
+    if sharded:
+        result.grad_norm = float(full(nn.utils.clip_grad_norm_(loss.parameters(), limit)))
+    else:
+        result.grad_norm = float(accelerator.clip_grad_norm_(loss.parameters(), limit) or 0.0)
     if not math.isfinite(result.grad_norm) and config.precision != "fp16":  # a scaler tries larger steps on purpose
         names = [name for batch in micro for name in batch.names]
         raise LoglikError(
