@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo test lint typecheck docs docs-serve bench bench-scoring bench-training reproduce tiny-models clean
+.PHONY: setup demo test lint typecheck docs docs-serve bench bench-scoring bench-training bench-diffusion reproduce tiny-models clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -57,13 +57,18 @@ bench-scoring: $(VENV)/.dev
 bench-training: $(VENV)/.dev
 	$(BIN)/python benchmarks/run.py training
 
+# Masked diffusion: variance of the estimators, shared masks, cached sampling, memory of the policy gradient; minutes.
+bench-diffusion: $(VENV)/.dev
+	$(BIN)/python benchmarks/run.py diffusion
+
 # The central claim of each paper as a small experiment.
 reproduce: $(VENV)/.dev
 	$(BIN)/python reproductions/run_all.py
 
-# Trains the embedded models from scratch (about an hour on two idle cores; resumes) and installs them into the package.
+# Trains the embedded models from scratch (about two hours on two cores; resumes) and installs them into the package.
 tiny-models: $(VENV)/.core
 	$(BIN)/python recipes/tiny/train.py --install src/loglik/models/embedded/tiny
+	$(BIN)/python recipes/tiny/train_diffusion.py --install src/loglik/models/embedded/tiny-diffusion
 
 clean:
 	rm -rf $(VENV) site runs .pytest_cache .mypy_cache .ruff_cache

@@ -35,7 +35,7 @@ from loglik.progress import quiet_transformers
 __all__ = ["DTYPES", "EMBEDDED", "Family", "load"]
 
 Family = Literal["causal", "seq2seq", "masked", "diffusion"]
-EMBEDDED = ("tiny",)
+EMBEDDED = ("tiny", "tiny-diffusion")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 _AUTO = {
@@ -68,9 +68,9 @@ def load(
     """Load a model and its tokenizer.
 
     Args:
-        name_or_dir: ``"tiny"`` (shipped with the package), a directory written by `save_pretrained` (of a model, or of
-            a PEFT adapter that names its base model), or the name of a repository on the model hub, which is downloaded
-            unless it is cached.
+        name_or_dir: ``"tiny"`` or ``"tiny-diffusion"`` (shipped with the package), a directory written by
+            `save_pretrained` (of a model, or of a PEFT adapter that names its base model), or the name of a repository
+            on the model hub, which is downloaded unless it is cached.
         family: ``causal``, ``seq2seq``, ``masked`` or ``diffusion`` (a masked language model as an absorbing diffusion
             model); read from the configuration if not given.
         dtype: of the weights. Log-softmax and sums are float32 or better in any case.
