@@ -52,7 +52,7 @@ Row = dict[str, Any]
 CAPTIONS = {
     "estimators": (
         f"Strings of {LENGTH} symbols under a partly trained model, nats per string. `bias` and `std` are those of one "
-        f"draw against the enumerated bound, `rmse` that of {SMALL} and {LARGE} network evaluations ({REPEATS} repeats) "
+        f"draw against the enumerated bound, `rmse` that of {SMALL} and {LARGE} network evaluations ({REPEATS} times) "
         "and `bias to exact` the distance from the exact likelihood of the random-order model."
     ),
     "differences": "One draw of policy minus reference, with the same masks for both and with masks of their own:",
