@@ -25,7 +25,7 @@ import tyro
 
 import loglik
 from loglik.cli import Command, main
-from loglik.cli.audit import AuditPreferences
+from loglik.cli.audit import Audit, Audits
 from loglik.cli.demo import Demo
 from loglik.cli.papers import Papers
 from loglik.cli.reproduce import Reproduce
@@ -45,9 +45,13 @@ COMMANDS = {
     "demo": Demo,
     "score": Score,
     "train": Train,
-    "audit": AuditPreferences,
+    "audit": Audit,
     "papers": Papers,
     "reproduce": Reproduce,
+}
+AUDITS = {typing.get_args(part)[1].name: typing.get_args(part)[0] for part in typing.get_args(Audits)}
+OPTIONS = {name: kind for name, kind in COMMANDS.items() if name != "audit"} | {
+    f"audit {name}": kind for name, kind in AUDITS.items()
 }
 
 FENCE = re.compile(
@@ -107,7 +111,8 @@ def commands(text: str) -> list[list[str]]:
 
 def section(text: str, title: str) -> str:
     """The text under the heading `title`, up to the next one of its level."""
-    parts = re.split(r"^## (.+)$", text, flags=re.MULTILINE)
+    level = "###" if title.startswith("loglik audit ") else "##"
+    parts = re.split(rf"^{level} (.+)$", text, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))[title]
 
 
@@ -188,7 +193,7 @@ def test_training_settings():
 def help_options(command: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
     """Every option that ``--help`` prints, without the opposites of flags."""
     with pytest.raises(SystemExit):
-        main([command, "--help"])
+        main([*command.split(), "--help"])
     text = re.sub(r"\(default: .*?\)", "", capsys.readouterr().out)
     found = re.findall(r"(?<![\w-])--?[a-z][a-z-]*", text)
     return {option for option in found if not option.startswith("--no-")} - {"-h", "--help"}
@@ -213,17 +218,22 @@ def test_every_command_has_a_section(capsys):
     assert set(titles) == set(offered[1].split(",")) == set(COMMANDS)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+def test_every_audit_has_a_section():
+    titles = re.findall(r"^### loglik audit (\S+)$", (DOCS / "cli.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert titles == list(AUDITS)
+
+
+@pytest.mark.parametrize("command", OPTIONS)
 def test_options_of_a_command(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     rows = table(section((DOCS / "cli.md").read_text(encoding="utf-8"), f"loglik {command}"))[1:]
     names = [code_words(row[0]) for row in rows]
     assert {name for group in names for name in group if name.startswith("-")} == help_options(command, capsys)
-    hints = typing.get_type_hints(COMMANDS[command], include_extras=True)
+    hints = typing.get_type_hints(OPTIONS[command], include_extras=True)
     by_name = {
         group[0].removeprefix("--").replace("-", "_").lower(): row for group, row in zip(names, rows, strict=True)
     }
-    fields = dataclasses.fields(COMMANDS[command])
+    fields = dataclasses.fields(OPTIONS[command])
     assert list(by_name) == [field.name for field in fields]
     for field in fields:
         _, values, default, meaning = by_name[field.name]

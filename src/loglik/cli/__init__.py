@@ -10,7 +10,7 @@ import tyro
 from rich.text import Text
 
 from loglik import __version__
-from loglik.cli.audit import AuditPreferences
+from loglik.cli.audit import Audit
 from loglik.cli.demo import Demo
 from loglik.cli.papers import Papers
 from loglik.cli.reproduce import Reproduce
@@ -25,7 +25,7 @@ Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Score, tyro.conf.subcommand("score")]
     | Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[AuditPreferences, tyro.conf.subcommand("audit")]
+    | Annotated[Audit, tyro.conf.subcommand("audit")]
     | Annotated[Papers, tyro.conf.subcommand("papers")]
     | Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
 )

@@ -1,0 +1,81 @@
+"""``loglik audit membership``: was this text in the training data?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from loglik.cli.audits.common import ModelAudit, text_batches
+from loglik.errors import InputError
+
+__all__ = ["AuditMembership"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditMembership(ModelAudit):
+    """Membership scores of texts (loss, zlib, Min-K%, Min-K%++, reference ratio), and how well they tell members."""
+
+    reference: str | None = None
+    """A model that did not see the texts, for the ratio."""
+    text_field: str = "text"
+    """Column of the text."""
+    member_field: str = "member"
+    """Column that says which texts were in the training data, if that is known: true or false."""
+    k: float = 0.2
+    """Share of the least likely tokens in Min-K% and Min-K%++."""
+
+    def run(self) -> None:
+        """Read, score, judge, write."""
+        from loglik.progress import bar
+        from loglik.signals.detection import detector_report
+        from loglik.signals.membership import membership_scores
+        from loglik.signals.pages import AuditPage
+        from loglik.signals.plots import plot_by_class, plot_roc
+
+        audited = self.read()
+        texts = audited.texts(self.text_field)
+        known = audited.flags(self.member_field) if audited.has(self.member_field) else None
+        model = self.load()
+        reference = self.load(self.reference) if self.reference is not None else None
+        batches = list(text_batches(model, texts, audited.names, self.batch_size))
+        other: list[Any] = [None] * len(batches)
+        if reference is not None:
+            other = list(text_batches(reference, texts, audited.names, self.batch_size))
+        parts: dict[str, list[torch.Tensor]] = {}
+        done = 0
+        with bar("texts", total=len(texts), unit="rows") as advance:
+            for batch, reference_batch in zip(batches, other, strict=True):
+                try:
+                    found = membership_scores(
+                        model,
+                        batch,
+                        texts=texts[done : done + len(batch)],
+                        reference=reference,
+                        reference_batch=reference_batch,
+                        k=self.k,
+                    )
+                except InputError as error:
+                    raise InputError(f"in {audited.names[done]} or one of the rows after it: {error}") from None
+                for name, measured in found.items():
+                    parts.setdefault(name, []).append(measured.value.cpu())
+                done += len(batch)
+                advance(len(batch))
+        scores = {name: torch.cat(values).double() for name, values in parts.items()}
+        rows: list[dict[str, Any]] = [
+            {name: float(values[i]) for name, values in scores.items()} for i in range(len(texts))
+        ]
+        summary: dict[str, Any] = {"rows": len(texts), "model": self.model, "reference": self.reference}
+        page = AuditPage("Membership", f"{self.data} under {self.model}")
+        if known is not None:
+            for row, member in zip(rows, known, strict=True):
+                row["member"] = member
+            for name, values in scores.items():
+                summary[name] = detector_report(values, known).record()
+            if self.report is not None:
+                page.figure("ROC", plot_roc(scores, known), "How well each score tells members from others.")
+                best = max(scores, key=lambda name: float(summary[name]["auroc"]))
+                drawn = plot_by_class(scores[best], known, names=("members", "others"), label=best.replace("_", " "))
+                page.figure("The best score", drawn)
+        self.finish(audited, rows, summary, page)
