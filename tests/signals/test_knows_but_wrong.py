@@ -303,8 +303,10 @@ def test_probe_finds_what_is_there_and_nothing_else():
     found = probe_accuracy(three, names)
     assert found.chance == pytest.approx(1 / 3)
     assert found.accuracy > 0.9
-    scale = np.random.default_rng(0).uniform(0.1, 10, size=(len(states), 1))
-    assert probe_accuracy(states * scale, labels) == probe_accuracy(states, labels)
+    weak, labels = clouds(3, n=150, gap=1.0)
+    scale = np.random.default_rng(0).uniform(0.01, 100, size=(len(weak), 1))
+    assert probe_accuracy(weak * scale, labels) == probe_accuracy(weak, labels)
+    assert probe_accuracy(weak, labels).accuracy < 0.9
 
 
 def test_probe_of_shuffled_labels_is_at_chance():
@@ -324,6 +326,8 @@ def test_rows_of_a_question_stay_together_and_classes_are_balanced():
     labels = r.permutation(np.repeat(["a", "b"], [80, 40])).tolist() * 2
     together = probe_accuracy(states, labels, np.arange(240) % 120, splits=10)
     assert together.per_class == 40
+    # 12 questions of each class are held out, two rows of each: accuracies are multiples of 1 / 48.
+    np.testing.assert_allclose(np.array(together.per_split) * 48 % 1, 0, atol=1e-9)
     assert together.accuracy < 0.6
     assert probe_accuracy(states, labels, splits=10).accuracy > 0.65
 

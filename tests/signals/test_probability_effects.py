@@ -256,6 +256,14 @@ def test_contrast_is_the_exact_test_of_discordant_pairs(b, c, both, neither):
     assert back.difference.low == pytest.approx(-found.difference.high)
 
 
+def test_interval_of_a_contrast_is_that_of_agresti_and_min():
+    """9 and 2 discordant of 36: the Wald interval of the table with a half more in each cell."""
+    found = paired_contrast([1] * 9 + [0] * 2 + [1] * 25, [0] * 9 + [1] * 2 + [1] * 25).difference
+    b, c, n = 9.5, 2.5, 38.0
+    width = stats.norm.ppf(0.975) * math.sqrt((b + c - (b - c) ** 2 / n) / n**2)
+    assert (found.low, found.high) == pytest.approx(((b - c) / n - width, (b - c) / n + width))
+
+
 def test_contrast_of_equal_answers_says_nothing():
     found = paired_contrast([1, 0, 1], [1, 0, 1])
     assert (found.p_value, found.difference.value) == (1.0, 0.0)

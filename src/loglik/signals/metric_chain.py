@@ -45,9 +45,6 @@ Bools = NDArray[np.bool_]
 
 LINKS = ("log_p_vocab", "p_vocab", "p_choices", "brier", "accuracy")
 
-# How far above 0 rounding may take a log-probability.
-_SLACK = 1e-6
-
 
 @dataclass(frozen=True, slots=True)
 class MetricChain:
@@ -93,8 +90,8 @@ def metric_chain(
     .. math:: L_c, \qquad e^{L_c}, \qquad \frac{e^{L_c}}{\sum_k e^{L_k}}, \qquad
               -\sum_k (p^\text{choices}_k - 1[k = c])^2, \qquad 1[c = \arg\max_k L_k]
 
-    Only the first two are functions of the right option. With :math:`p^\text{vocab}_c > 1/2` of options that exclude
-    each other the answer is right, and below that nothing is decided.
+    Only the first two are functions of the right option. Above 1/2 it wins over options that exclude it; below, nothing
+    is decided.
 
     Args:
         likelihood: (N,) of all options of all questions, such as `OptionScores.likelihood`.
@@ -118,13 +115,11 @@ def metric_chain(
         raise InputError(
             "p(vocab) needs normalised log-likelihoods, and these have an unknown constant: use choose() for the shares"
         )
-    above = (likelihood.value > _SLACK).nonzero().flatten()
+    above = (likelihood.value > 1e-6).nonzero().flatten()  # rounding may take a log-probability a little above 0
     if len(above):
-        raise RowError(
-            f"the log-likelihood is {float(likelihood.value[above[0]]):.4g}, above 0 and so no log-probability: give "
-            "the options of a discrete model",
-            row=f"row {int(above[0])}",
-        )
+        value = f"{float(likelihood.value[above[0]]):.4g}"
+        reason = f"the log-likelihood is {value}, above 0 and so no log-probability: score options of a discrete model"
+        raise RowError(reason, row=f"row {int(above[0])}")
     wide = replace(
         likelihood.detach(), value=likelihood.value.detach().double(), per_unit=None, mask=None, samples=None
     )
@@ -233,26 +228,20 @@ def score_compute_correlation(
         raise InputError("no item's score varies over the models, so that no correlation exists: add other models")
     table = table[:, kept]
     if method == "kendall":
-        values = _kendall(spent, table)
-    elif method == "spearman":
-        values = _pearson(rankdata(spent), rankdata(table, axis=0))
-    else:
-        values = _pearson(np.log(spent), table)
-    return ScoreCompute(values, kept, method)
+        return ScoreCompute(_kendall(spent, table), kept, method)
+    x, y = (np.log(spent), table) if method == "pearson" else (rankdata(spent), rankdata(table, axis=0))
+    return ScoreCompute(_pearson(x, y), kept, method)
 
 
 def chain_correlations(
     chains: Sequence[MetricChain], compute: Tensor | ArrayLike, *, method: Correlation = "spearman"
 ) -> dict[str, ScoreCompute]:
-    """`score_compute_correlation` of each of the five scores.
+    """`score_compute_correlation` of each of the five scores, by name in the order of `LINKS`.
 
     Args:
         chains: the M models' scores on the same questions.
         compute: (M,) FLOPs of each.
         method: as there.
-
-    Returns:
-        By name, in the order of `LINKS`.
 
     Raises:
         InputError: for models with other questions, or what `score_compute_correlation` refuses, with the score's name.
@@ -295,7 +284,7 @@ def chain_links(correlations: Mapping[str, ScoreCompute]) -> tuple[ChainLink, ..
     """What breaks at each link: the fall of the correlation with compute, paired over items.
 
     Args:
-        correlations: from `chain_correlations`; any scores of the same items will do, taken in their order.
+        correlations: from `chain_correlations`; any scores of the same items, in their order.
 
     Raises:
         InputError: for fewer than two scores, other items or methods, or a link without an item that has both.
@@ -317,17 +306,8 @@ def chain_links(correlations: Mapping[str, ScoreCompute]) -> tuple[ChainLink, ..
         first, second = a.values[both[a.kept]], b.values[both[b.kept]]
         fall = first - second
         spread = float(fall.std(ddof=1) / np.sqrt(count)) if count > 1 else 0.0
-        found.append(
-            ChainLink(
-                before,
-                after,
-                float(fall.mean()),
-                spread,
-                float((fall > 1e-12).mean()),
-                count,
-                float((a.kept & ~b.kept).mean()),
-            )
-        )
+        shares = float((fall > 1e-12).mean()), float((a.kept & ~b.kept).mean())
+        found.append(ChainLink(before, after, float(fall.mean()), spread, shares[0], count, shares[1]))
     return tuple(found)
 
 
@@ -342,8 +322,8 @@ def mass_trend(chains: Sequence[MetricChain], compute: Tensor | ArrayLike) -> tu
         compute: (M,) FLOPs of each, positive.
 
     Returns:
-        (Q,) slope of the right option's log mass (the exponent of a power law), (Q,) that of the wrong ones', and (Q,)
-        the covariance of the two over models, nats squared: positive where they rise together.
+        (Q,) slopes of the right option's log mass (exponents of power laws), (Q,) those of the wrong ones', and (Q,)
+        covariances of the two over models, nats squared: positive where they rise together.
 
     Raises:
         InputError: as `chain_correlations`, or for a mass of 0, whose logarithm has no slope.
@@ -410,7 +390,7 @@ def _pearson(x: Floats, table: Floats) -> Floats:
     x = x - x.mean()
     centred = table - table.mean(0)
     centred = centred / np.abs(centred).max(0)  # else squares of tiny probabilities underflow
-    return np.asarray(np.clip(x @ centred / np.sqrt((x @ x) * (centred**2).sum(0)), -1.0, 1.0), dtype=np.float64)
+    return np.asarray(np.clip(x @ centred / np.sqrt((x @ x) * (centred**2).sum(0)), -1.0, 1.0))
 
 
 def _kendall(x: Floats, table: Floats) -> Floats:
@@ -420,4 +400,4 @@ def _kendall(x: Floats, table: Floats) -> Floats:
     # Comparisons, because the difference of two minus infinities is no number.
     signs = (table[first] > table[second]).astype(np.float64) - (table[first] < table[second])
     untied = np.sqrt((order**2).sum() * (signs**2).sum(0))
-    return np.asarray(np.clip(order @ signs / untied, -1.0, 1.0), dtype=np.float64)
+    return np.asarray(np.clip(order @ signs / untied, -1.0, 1.0))

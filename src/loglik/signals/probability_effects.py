@@ -243,10 +243,10 @@ def accuracy_by_band(
     found = []
     for label in np.unique(labels[labels >= 0]).tolist():
         own = labels == label
-        rows, hits = int(own.sum()), int(right[own].sum())
-        low, high = proportion_interval(np.array([hits]), np.array([rows]), level)
-        accuracy = Estimate(hits / rows, float(low[0]), float(high[0]))
-        found.append(Band(int(label), rows, accuracy, float(values[own].mean()), float(units[own].mean())))
+        size, hits = int(own.sum()), int(right[own].sum())
+        low, high = proportion_interval(np.array([hits]), np.array([size]), level)
+        accuracy = Estimate(hits / size, float(low[0]), float(high[0]))
+        found.append(Band(int(label), size, accuracy, float(values[own].mean()), float(units[own].mean())))
     if not found:
         raise InputError("no item is in a band: name the band of some by a number from 0")
     return tuple(found)
@@ -483,5 +483,5 @@ def _fit(design: Floats, right: Floats, ridge: Floats, *, firth: bool) -> tuple[
         beta = beta + scale * step
         value = objective(beta)
         if np.abs(step).max() < 1e-9:
-            return np.asarray(beta, dtype=np.float64), np.asarray(np.linalg.inv(information(beta)), dtype=np.float64)
+            return beta, np.asarray(np.linalg.inv(information(beta)), dtype=np.float64)
     raise InputError("the regression did not converge: set prior to firth or ridge")

@@ -49,9 +49,7 @@ def binary_log_probs(confidence: Tensor | ArrayLike) -> Tensor:
     Raises:
         InputError: for anything outside [0, 1] or NaN, or no rows.
     """
-    given = as_numbers(confidence, "confidence")
-    values, _ = checked_confidence(given, np.zeros(given.shape))
-    wide = torch.from_numpy(values.astype(np.float64))
+    wide = torch.from_numpy(_confidences(confidence))
     return torch.stack([torch.log1p(-wide), wide.log()], 1)
 
 
@@ -295,7 +293,8 @@ class IsotonicConfidence:
         Raises:
             InputError: for probabilities outside [0, 1] or NaN, unequal lengths or no rows.
         """
-        self.map_ = _isotonic(*checked_confidence(confidence, correct))
+        values, right = checked_confidence(confidence, correct)
+        self.map_ = _isotonic(values.astype(np.float64), right)
         return self
 
     def transform(self, confidence: Tensor | ArrayLike) -> Tensor:
@@ -306,10 +305,18 @@ class IsotonicConfidence:
         """
         if not hasattr(self, "map_"):
             raise InputError("IsotonicConfidence has no map yet: call fit first")
-        return torch.from_numpy(self.map_.predict(binary_log_probs(confidence)[:, 1].exp().numpy()))
+        return torch.from_numpy(self.map_.predict(_confidences(confidence)))
 
 
-def _isotonic(probs: NDArray[np.floating[Any]], outcomes: NDArray[np.bool_]) -> Any:
-    from sklearn.isotonic import IsotonicRegression  # type: ignore[import-untyped]
+def _confidences(given: Tensor | ArrayLike) -> Floats:
+    """(N,) checked, float64, of rows whose correctness is not known."""
+    values = as_numbers(given, "confidence")
+    return checked_confidence(values, np.zeros(values.shape))[0].astype(np.float64)
 
+
+def _isotonic(probs: Floats, outcomes: NDArray[np.bool_]) -> Any:
+    try:
+        from sklearn.isotonic import IsotonicRegression  # type: ignore[import-untyped]
+    except ImportError:
+        raise InputError("isotonic regression needs scikit-learn: pip install 'loglik[stats]'") from None
     return IsotonicRegression(y_min=0.0, y_max=1.0, out_of_bounds="clip").fit(probs, outcomes.astype(np.float64))

@@ -314,7 +314,8 @@ def trap_test(injected: Tensor, unused: Tensor) -> TrapTest:
     both = torch.cat([injected, unused])
     area = auroc(both, torch.arange(len(both)) < len(injected))
     at_least = (unused[None] >= injected[:, None]).sum(1)
-    together = mannwhitneyu(injected.double().numpy(), unused.double().numpy(), alternative="greater")
+    values = both.detach().cpu().double().numpy()
+    together = mannwhitneyu(values[: len(injected)], values[len(injected) :], alternative="greater")
     return TrapTest(area, float(together.pvalue), (1 + at_least).double() / (len(unused) + 1))
 
 

@@ -7,19 +7,18 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 from loglik.errors import InputError, RowError
-from loglik.models.batch import TokenBatch
-from loglik.models.encode import TextEncoder
 from loglik.progress import stderr_console
 from loglik.signals.pages import AuditPage, shown
+
+if TYPE_CHECKING:  # torch is imported by what runs, not by --help
+    from loglik.models.batch import TokenBatch
 
 __all__ = ["Audited", "ModelAudit", "RowAudit", "print_summary", "text_batches", "write_table", "write_text"]
 
@@ -198,6 +197,9 @@ def text_batches(model: Any, texts: Sequence[str], names: Sequence[str], batch_s
     Raises:
         InputError: naming a text that cannot be encoded, or is longer than the context.
     """
+    from loglik.models.batch import TokenBatch
+    from loglik.models.encode import TextEncoder
+
     encoder = TextEncoder(model.tokenizer, layout=model.layout)
     rows = encoder.encode_all([("", text) for text in texts])
     longest = model.max_length
@@ -223,6 +225,9 @@ def write_table(path: str, rows: Sequence[Mapping[str, Any]]) -> None:
         InputError: for another extension, or a path that cannot be written.
     """
     if path.lower().endswith(".parquet"):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         try:
             pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), path)
         except OSError as error:

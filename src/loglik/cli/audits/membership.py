@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from loglik.cli.audits.common import ModelAudit, text_batches
 from loglik.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["AuditMembership"]
 
@@ -28,6 +29,8 @@ class AuditMembership(ModelAudit):
 
     def run(self) -> None:
         """Read, score, judge, write."""
+        import torch
+
         from loglik.progress import bar
         from loglik.signals.detection import detector_report
         from loglik.signals.membership import membership_scores

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from loglik.cli.audits.common import ModelAudit, text_batches
 from loglik.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["AuditOOD"]
 
@@ -74,6 +75,8 @@ class AuditOOD(ModelAudit):
         self.finish(audited, rows, summary, page)
 
     def _likelihood(self, model: Any, texts: list[str], names: list[str]) -> Any:
+        import torch
+
         from loglik.likelihood import LogLikelihood
 
         with torch.no_grad():
@@ -84,6 +87,8 @@ class AuditOOD(ModelAudit):
     def _scores(
         self, model: Any, base: Any, held_out: Any, texts: list[str], names: list[str]
     ) -> dict[str, torch.Tensor]:
+        import torch
+
         from loglik.progress import bar
         from loglik.signals.ood import ood_scores
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from loglik.cli.audits.common import Audited, ModelAudit, text_batches
-from loglik.likelihood import LogLikelihood
+
+if TYPE_CHECKING:
+    from loglik.likelihood import LogLikelihood
 
 __all__ = ["AuditProvenance"]
 
@@ -34,6 +34,8 @@ class AuditProvenance(ModelAudit):
 
     def run(self) -> None:
         """Read, score, test, write."""
+        import torch
+
         from loglik.signals.pages import AuditPage
         from loglik.signals.plots import plot_order
         from loglik.signals.provenance import query_test
@@ -77,6 +79,9 @@ class AuditProvenance(ModelAudit):
         self.finish(audited, rows, summary, page)
 
     def _likelihood(self, model: Any, texts: list[str], audited: Audited) -> LogLikelihood:
+        import torch
+
+        from loglik.likelihood import LogLikelihood
         from loglik.progress import bar
 
         values, counts = [], []
