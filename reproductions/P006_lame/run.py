@@ -139,8 +139,8 @@ def notes(report: Report) -> list[str]:
         f"{report.range('runs: frozen', '.2f')} frozen, rbf {report.range('runs: rbf', '.2f')}.",
         "The neighbour affinity is not definite, so that its objective may rise; most in a step: "
         f"{report.range('knn: largest rise', '.2g')} nats. Batches that were still moving after 100 steps: "
-        f"{report.range('rbf: batches in motion', '.0f')} of rbf and {report.range('linear: batches in motion', '.0f')} "
-        "of linear.",
+        f"{report.range('rbf: batches in motion', '.0f')} of rbf and "
+        f"{report.range('linear: batches in motion', '.0f')} of linear.",
     ]
 
 

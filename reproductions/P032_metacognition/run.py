@@ -25,9 +25,9 @@ CLAIM = Claim(
     ),
     setup=(
         "Digits of scikit-learn with Gaussian noise of 0.45 of the pixel range on all images; a network with 256 "
-        "hidden units is over-fitted on 700 of them (300 epochs at most; it knows them all by heart). The other 1097 are "
-        "halved: one half fits a temperature by likelihood, the other is judged. Confidence: largest probability. ECE "
-        "in 10 bins of equal width."
+        "hidden units is over-fitted on 700 of them (300 epochs at most; it knows them all by heart). The other 1097 "
+        "are halved: one half fits a temperature by likelihood, the other is judged. Confidence: largest probability. "
+        "ECE in 10 bins of equal width."
     ),
     checks=(
         Check(
