@@ -128,6 +128,8 @@ def test_mass_bins_keep_ties_together():
     found = reliability_diagram([0.2] * 6 + [0.4, 0.6], [1, 0, 0, 0, 0, 0, 1, 1], bins=4, scheme="mass")
     assert found.count.tolist() == [6, 2]
     np.testing.assert_allclose(found.accuracy, [1 / 6, 1.0])
+    # The middle of a tie decides: four of ranks 3 to 6 of 8 belong to the upper half.
+    assert reliability_diagram([0.2] * 3 + [0.4] * 4 + [0.6], [1] * 8, bins=2, scheme="mass").count.tolist() == [3, 5]
 
 
 def test_uniform_confidences_that_come_true():
@@ -323,10 +325,10 @@ def test_only_the_order_counts():
 
 
 def test_risk_at_a_coverage():
-    found = risk_coverage_curve(np.arange(10.0, 0, -1), [1, 1, 1, 1, 1, 1, 1, 0, 0, 0])
-    assert found.at(0.7) == 0.0  # 0.7 * 10 is 7 answers, not 8
-    assert found.at(0.71) == pytest.approx(1 / 8)
-    assert found.at(1.0) == pytest.approx(0.3)
+    found = risk_coverage_curve(np.arange(100.0, 0, -1), np.arange(100) < 7)
+    assert found.at(0.07) == 0.0  # 0.07 * 100 is 7 answers, not 8, whatever floating point makes of it
+    assert found.at(0.071) == pytest.approx(1 / 8)
+    assert found.at(1.0) == pytest.approx(0.93)
     for coverage in (0.0, 1.1, math.nan):
         with pytest.raises(InputError, match="coverage"):
             found.at(coverage)

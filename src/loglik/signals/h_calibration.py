@@ -55,7 +55,9 @@ def h_calibration_loss(
     clusters carry no gradient. Of equal probabilities the earlier row and class comes first.
 
     At the true probabilities the loss is not 0 but noise of the order of :math:`M^{-1/2}`. Windows of fewer than about
-    50 events chase that noise; a window of all events is always balanced, whatever the map.
+    50 events chase that noise; a window of all events is always balanced, whatever the map. Probabilities are added, so
+    that it does not matter here whether one is 1e-4 or 1e-12: labels that were thought nearly impossible can cost many
+    nats after such a fit.
 
     Args:
         probs: (N, C) probabilities, rows summing to 1; differentiable.
