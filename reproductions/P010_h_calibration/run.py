@@ -154,7 +154,7 @@ def plot(figure: Figure, report: Report) -> None:
             right.plot(places, points, "o", ms=5, alpha=0.6, color=f"C{number}", label=None if at else method)
     left.set(title=f"even classes, seed {report.seeds[0]}", xlabel="confidence", ylabel="accuracy")
     right.set_xticks(range(len(PRIORS)), [f"{prior} classes" for prior in PRIORS])
-    right.set(title="calibration error on test rows (a point per seed)", yscale="log")
+    right.set(title="calibration error on test rows", yscale="log")
     right.legend(fontsize=7)
 
 

@@ -197,7 +197,7 @@ def plot(figure: Figure, report: Report) -> None:
     left.legend(fontsize=7)
     right.hist(report.measured[0].curves["differences"], bins=40)
     right.axvline(0, color="black", lw=0.8)
-    right.set(title="top-1, Dirichlet minus BM25 (bootstrap)", xlabel="difference", ylabel="resamples")
+    right.set(title="top-1, Dirichlet minus BM25", xlabel="difference", ylabel="resamples")
 
 
 def notes(report: Report) -> list[str]:

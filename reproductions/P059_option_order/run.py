@@ -192,6 +192,9 @@ def plot(figure: Figure, report: Report) -> None:
     right.axhline(report.mean("H population"), color="black", ls=":", lw=0.8, label="H population")
     right.set(title="entropy (share of its maximum) and bias", xlabel="training steps")
     right.legend(fontsize=7)
+    for axes in (left, right):
+        axes.set_xticks(LOOKED, [str(step) for step in LOOKED])
+        axes.minorticks_off()
 
 
 def notes(report: Report) -> list[str]:

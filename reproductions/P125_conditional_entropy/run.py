@@ -184,7 +184,7 @@ def plot(figure: Figure, report: Report) -> None:
     right.axvline(0.5, color="black", lw=0.8)
     right.axvline(0.9, color="black", ls=":", lw=0.8)
     right.set_yticks(range(len(names)), [n.replace("AUROC of ", "") for n in names], fontsize=6)
-    right.set(title="AUROC for right chains (a point per seed)")
+    right.set(title="AUROC for right chains")
 
 
 def notes(report: Report) -> list[str]:
