@@ -15,7 +15,7 @@ from worlds.enumerable import TransformerLM
 from loglik.kinds import Kind, Unit
 from loglik.likelihood import LogLikelihood
 from loglik.objectives.supervised import MaximumLikelihood
-from loglik.signals.retrieval import noisy_channel, rag_marginal, retrieval_log_probs
+from loglik.signals.evidence import noisy_channel, rag_marginal, retrieval_log_probs
 from loglik.signals.thinksum import fit_weights, product_of_experts
 
 ENTITIES, RELATIONS, VALUES, FACTS, RETRIEVED = 200, 6, 50, 3, 10

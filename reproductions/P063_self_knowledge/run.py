@@ -15,7 +15,8 @@ from loglik.models.batch import TokenBatch
 from loglik.objectives.supervised import MaximumLikelihood
 from loglik.signals.calibration import expected_calibration_error
 from loglik.signals.detection import auroc
-from loglik.signals.self_knowledge import PIKProbe, question_states, self_knowledge_curve, success_counts
+from loglik.signals.p_ik import PIKProbe, question_states, success_counts
+from loglik.signals.self_knowledge import self_knowledge_curve
 
 TOPICS, ITEMS, PAIRS, VALUES, PERSONAS = 30, 30, 600, 20, 4
 MOST, LEAST = 8.0, 0.02  # how often topics occur, relative to one another

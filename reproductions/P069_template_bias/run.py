@@ -12,8 +12,8 @@ from torch import Tensor
 from worlds.enumerable import TransformerLM, categorical
 
 from loglik.objectives.supervised import MaximumLikelihood
-from loglik.signals.bias import TemplateBias, gold_log_odds, template_bias
 from loglik.signals.choice import choose
+from loglik.signals.template_bias import TemplateBias, gold_log_odds, template_bias
 
 GROUPS, NAMES, PHRASES = 3, 50, 24  # names per group; phrases of each of two sorts
 TOTAL, ARROW = GROUPS * NAMES, GROUPS * NAMES + 2 * PHRASES

@@ -14,7 +14,8 @@ from worlds.enumerable import GRULM
 from loglik.likelihood import LogLikelihood
 from loglik.models.batch import TokenBatch
 from loglik.objectives.supervised import MaximumLikelihood
-from loglik.signals.bias import binary_probability, randomness_report
+from loglik.signals.binary_decisions import binary_probability
+from loglik.signals.randomness import randomness_report
 
 ONCE, RANDOMLY, LIST, YES, NO = range(5)  # two questions, the list's prompt, two answers
 CHANCES = {"Q1": (ONCE, 0.97), "Q2": (RANDOMLY, 0.60)}

@@ -14,13 +14,8 @@ from worlds.enumerable import TransformerLM
 from loglik.kinds import Kind, Unit
 from loglik.likelihood import LogLikelihood
 from loglik.objectives.supervised import MaximumLikelihood
-from loglik.signals.scenarios import (
-    Scenario,
-    likelihood_scenarios,
-    name_specificity,
-    swap_dependence,
-    template_consistency,
-)
+from loglik.signals.scenarios import Scenario
+from loglik.signals.swaps import likelihood_scenarios, name_specificity, swap_dependence, template_consistency
 
 FIRST, SURNAMES, COUNTRIES, PER_COUNTRY, TEMPLATES = 40, 32, 8, 3, 6
 ETHNIC = COUNTRIES * PER_COUNTRY

@@ -20,15 +20,10 @@ from loglik.errors import InputError
 from loglik.kinds import Kind, Unit
 from loglik.models.batch import TokenBatch
 from loglik.objectives.supervised import MaximumLikelihood
+from loglik.signals.answer_likelihoods import answer_likelihoods, known_probability
 from loglik.signals.detection import auroc
-from loglik.signals.knows_but_wrong import (
-    Knowledge,
-    answer_likelihoods,
-    knowledge_labels,
-    known_probability,
-    probe_accuracy,
-    set_overlap,
-)
+from loglik.signals.knows_but_wrong import Knowledge, knowledge_labels
+from loglik.signals.probes import probe_accuracy, set_overlap
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "wack"
 FILES = {"G": "google_gemma-2-9b", "L": "meta-llama_Meta-Llama-3.1-8B", "M": "mistralai_Mistral-7B-v0.3"}

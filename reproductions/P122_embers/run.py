@@ -16,7 +16,8 @@ from loglik.errors import InputError
 from loglik.kinds import Kind, Unit
 from loglik.likelihood import LogLikelihood
 from loglik.objectives.supervised import MaximumLikelihood
-from loglik.signals.probability_effects import accuracy_by_band, paired_contrast, probability_effects
+from loglik.signals.probability_effects import probability_effects
+from loglik.signals.stimuli import accuracy_by_band, paired_contrast
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "embers"
 LETTERS, LENGTH, CONCENTRATION = 16, 8, 0.15

@@ -15,7 +15,8 @@ from loglik.kinds import Kind, Unit
 from loglik.models.batch import TokenBatch
 from loglik.models.load import load
 from loglik.signals.detection import auroc
-from loglik.signals.trace_entropy import EntropyCurve, answer_entropy_curve, entropy_curve, split_steps
+from loglik.signals.entropy_curve import EntropyCurve
+from loglik.signals.trace_entropy import answer_entropy_curve, entropy_curve, split_steps
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k_example_model_solutions.jsonl"
 DIGITS, BASE, CHAINS = 6, 7, 600

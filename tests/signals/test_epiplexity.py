@@ -15,14 +15,13 @@ from loglik.kinds import ConstantKey, Kind, Unit
 from loglik.likelihood import LogLikelihood
 from loglik.signals.epiplexity import (
     Epiplexity,
-    ScalingLaw,
     code_compute,
-    epiplexity_from_scaling_law,
     epiplexity_frontier,
     prequential_code,
     requential_code,
     step_divergence,
 )
+from loglik.signals.scaling_law import ScalingLaw, epiplexity_from_scaling_law
 
 LN2 = math.log(2)
 CHINCHILLA = ScalingLaw(1.69, 5e7, 0.34, 2e9, 0.28)

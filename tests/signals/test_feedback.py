@@ -18,7 +18,7 @@ from loglik.kinds import Kind
 from loglik.models.causal import CausalLM
 from loglik.models.ngram import NGramLM
 from loglik.scoring.score import score
-from loglik.signals import feedback
+from loglik.signals import intervals
 from loglik.signals.feedback import follow_up_likelihood, mine_pairs, offline_policy_value, plain_template
 from loglik.signals.follow_ups import DEFAULT_FOLLOW_UPS
 from zoo import CAUSAL, build, byte_level_tokenizer, llama_tokenizer
@@ -459,7 +459,7 @@ def test_intervals_repeat_grow_with_the_level_and_do_not_depend_on_chunks(monkey
     wide = offline_policy_value(rows, groups, seed=3, resamples=501, level=0.99).interval
     assert bool((wide[:, 0] < first.interval[:, 0]).all())
     assert bool((wide[:, 1] > first.interval[:, 1]).all())
-    monkeypatch.setattr(feedback, "_RESAMPLED", 7 * rows.numel())
+    monkeypatch.setattr(intervals, "_RESAMPLED", 7 * rows.numel())
     assert offline_policy_value(rows, groups, seed=3, resamples=501).interval.equal(first.interval)
 
 

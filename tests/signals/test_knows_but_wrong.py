@@ -1,8 +1,7 @@
-"""Ignorance against error: labels on a model whose knowledge is known, probabilities against simulation, probes."""
+"""Ignorance against error: labels on a model whose knowledge is known, probabilities against simulation."""
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from sklearn.svm import LinearSVC
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -18,21 +16,17 @@ from loglik.errors import InputError, RowError
 from loglik.kinds import Kind, Unit
 from loglik.likelihood import LogLikelihood
 from loglik.models.batch import TokenBatch
-from loglik.models.causal import CausalLM
 from loglik.models.ngram import NGramLM
 from loglik.scoring.score import score
+from loglik.signals.answer_likelihoods import answer_likelihoods, known_probability
 from loglik.signals.knows_but_wrong import (
     Knowledge,
-    answer_likelihoods,
-    answer_states,
     contains_answer,
     knowledge_labels,
-    known_probability,
     label_knowledge,
-    probe_accuracy,
-    set_overlap,
+    likely_knowledge,
+    shot_prompts,
 )
-from zoo import CAUSAL, build
 
 UNKNOWN, WRONG, FACTUAL, PARTIAL = Knowledge.UNKNOWN, Knowledge.WRONG, Knowledge.FACTUAL, Knowledge.PARTIAL
 WORDS = ["good", "bad", "Ann", "Ben", "Cy", "Dee", "gold", "lead", "tin", "</s>"]
@@ -248,137 +242,63 @@ def test_likelihoods_refuse_what_is_none():
         known_probability(labelled([-1.0]), [True], samples=-1)
 
 
-# ------------------------------------------------------------------ overlap
-def test_overlap_of_sets():
-    a = np.array([1, 1, 1, 0, 0, 0])
-    assert set_overlap(a, a).jaccard == 1.0
-    b = np.array([0, 1, 1, 1, 0, 0])
-    found = set_overlap(a, b)
-    assert found.jaccard == 0.5
-    assert found.chance == pytest.approx(0.25 / 0.75)
-    assert set_overlap(b, a) == found
-    assert set_overlap(a, np.zeros(6)).jaccard == 0.0
+# ------------------------------------------------------------------ aliases, labels and prompts
+def test_aliases_add_up_and_beginnings_count_once(tiny):
+    """An answer of two aliases has the sum of their probabilities; "tin gold" begins with "tin" and adds nothing."""
+    both = answer_likelihoods(Knows(0.3), GOOD, [[" gold", " tin"]] * 4)
+    torch.testing.assert_close(both.likelihood.value, torch.zeros(4, dtype=torch.float64), atol=1e-12, rtol=0)
+    assert both.greedy.tolist() == [True] * 4
+    assert both.likelihood.per_unit is None
+    longer = answer_likelihoods(Knows(0.3), GOOD, [[" tin gold", " tin", " tin"]] * 4)
+    single = answer_likelihoods(Knows(0.3), GOOD, [" tin"] * 4)
+    torch.testing.assert_close(longer.likelihood.value, single.likelihood.value)
+    assert longer.greedy.equal(single.greedy)
+    prompts, names = ["import os\nos.path."] * 3, ["join", "exists", "isdir"]
+    apart = answer_likelihoods(tiny, prompts, names)
+    together = answer_likelihoods(tiny, prompts[:2], [names, "join"])
+    for kind in ("likelihood", "tempered"):
+        values = getattr(apart, kind).value
+        assert float(getattr(together, kind).value[0]) == pytest.approx(float(values.logsumexp(0)), abs=1e-5)
+        assert float(getattr(together, kind).value[1]) == pytest.approx(float(values[0]), abs=1e-5)
+    assert together.likelihood.kind is Kind.EXACT
+    best = int(apart.likelihood.value.argmax())
+    assert int(together.likelihood.num_units[0]) == int(apart.likelihood.num_units[best])
+    assert bool(together.greedy[0]) == bool(apart.greedy.any())
 
 
-def test_chance_is_the_overlap_of_independent_sets():
-    r = np.random.default_rng(1)
-    a, b = r.random(200_000) < 0.3, r.random(200_000) < 0.1
-    found = set_overlap(a, b)
-    assert found.jaccard == pytest.approx(found.chance, abs=0.005)
-    assert found.chance == pytest.approx(0.03 / 0.37, abs=0.002)
+def test_likely_labels_are_those_of_sampling():
+    good, bad = (answer_likelihoods(Knows(0.5), prompts, [" gold"] * 4) for prompts in (GOOD, BAD))
+    assert likely_knowledge(good, bad) == (FACTUAL, WRONG, PARTIAL, UNKNOWN)
+    assert likely_knowledge(good, good) == (FACTUAL, FACTUAL, PARTIAL, UNKNOWN)
+    rare = answer_likelihoods(Knows(0.1), GOOD, [" gold"] * 4)  # sampled with 1 / 82
+    assert likely_knowledge(rare, rare)[2] is UNKNOWN
+    assert likely_knowledge(rare, rare, samples=100)[2] is PARTIAL
+    # The most frequent label of 120 samplings.
+    for chance in (0.2, 0.35, 0.8, 0.95):
+        g = torch.Generator().manual_seed(3)
+        labels = knowledge_labels(
+            Knows(chance), *([p] * 120 for p in ("good Cy", "bad Cy", "gold")), max_tokens=1, generator=g
+        )
+        names, times = np.unique([str(label) for label in labels.labels], return_counts=True)
+        alone = answer_likelihoods(Knows(chance), ["good Cy"], [" gold"])
+        assert str(likely_knowledge(alone, alone)[0]) == names[times.argmax()]
+    with pytest.raises(InputError, match="4 answers and 1 under the perturbing prompt"):
+        likely_knowledge(good, answer_likelihoods(Knows(), BAD[:1], [" gold"]))
 
 
-def test_overlap_refuses_empty_sets():
-    with pytest.raises(InputError, match="both sets are empty"):
-        set_overlap(np.zeros(3), np.zeros(3))
-    with pytest.raises(InputError, match="one length"):
-        set_overlap([1, 0], [1])
-
-
-# ------------------------------------------------------------------ probes
-def clouds(seed: int, n: int = 60, gap: float = 3.0, classes=("a", "b")):
-    r = np.random.default_rng(seed)
-    labels = [c for c in classes for _ in range(n)]
-    centres = {c: gap * r.normal(size=8) / math.sqrt(8) for c in classes}
-    return np.stack([centres[c] + r.normal(size=8) for c in labels]), labels
-
-
-def test_probe_is_the_linear_machine_on_states_of_length_one():
-    """One split of two rows per class held out of the rest, found again by hand."""
-    states, labels = clouds(0, n=10)
-    found = probe_accuracy(states, labels, splits=1, train=0.8, seed=3)
-    r = np.random.default_rng([3, 0])
-    parts = [r.permutation(np.flatnonzero(np.array(labels) == c))[:10] for c in ("a", "b")]
-    seen, held = (np.concatenate([p[s] for p in parts]) for s in (slice(0, 8), slice(8, 10)))
-    unit = states / np.linalg.norm(states, axis=1, keepdims=True)
-    machine = LinearSVC(C=1.0, max_iter=100_000, random_state=0).fit(unit[seen], np.array(labels)[seen])
-    assert found.per_split == (machine.score(unit[held], np.array(labels)[held]),)
-    assert (found.per_class, found.chance) == (10, 0.5)
-
-
-def test_probe_finds_what_is_there_and_nothing_else():
-    states, labels = clouds(1, gap=8.0)
-    assert probe_accuracy(states, labels).accuracy > 0.95
-    three, names = clouds(2, classes=("a", "b", "c"), gap=8.0)
-    found = probe_accuracy(three, names)
-    assert found.chance == pytest.approx(1 / 3)
-    assert found.accuracy > 0.9
-    weak, labels = clouds(3, n=150, gap=1.0)
-    scale = np.random.default_rng(0).uniform(0.01, 100, size=(len(weak), 1))
-    assert probe_accuracy(weak * scale, labels) == probe_accuracy(weak, labels)
-    assert probe_accuracy(weak, labels).accuracy < 0.9
-
-
-def test_probe_of_shuffled_labels_is_at_chance():
-    """40 data sets without signal, one split each: the mean within 3.5 standard errors of a half."""
-    accuracies = []
-    for seed in range(40):
-        states, labels = clouds(seed, n=40, gap=0.0)
-        accuracies.append(probe_accuracy(states, labels, splits=1, seed=seed).accuracy)
-    assert np.mean(accuracies) == pytest.approx(0.5, abs=3.5 * np.std(accuracies, ddof=1) / math.sqrt(40))
-
-
-def test_rows_of_a_question_stay_together_and_classes_are_balanced():
-    """Two near-copies of every state, no signal: apart they would be recognised, together they are not."""
-    r = np.random.default_rng(4)
-    base = r.normal(size=(120, 400))
-    states = np.concatenate([base, base + 0.01 * r.normal(size=base.shape)])
-    labels = r.permutation(np.repeat(["a", "b"], [80, 40])).tolist() * 2
-    together = probe_accuracy(states, labels, np.arange(240) % 120, splits=10)
-    assert together.per_class == 40
-    # 12 questions of each class are held out, two rows of each: accuracies are multiples of 1 / 48.
-    np.testing.assert_allclose(np.array(together.per_split) * 48 % 1, 0, atol=1e-9)
-    assert together.accuracy < 0.6
-    assert probe_accuracy(states, labels, splits=10).accuracy > 0.65
-
-
-def test_probe_refuses_what_it_cannot_learn():
-    states, labels = clouds(0, n=4)
-    for given, names, questions, message in (
-        (states, labels[:3], None, "8 states need as many labels"),
-        (states[0], labels, None, r"states must have shape \(N, D\)"),
-        (states * 0, labels, None, "row 0 has length 0.0"),
-        (states * np.nan, labels, None, "row 0 has length nan"),
-        (states, ["a"] * 8, None, "two classes with two questions each"),
-        (states, ["a"] * 7 + ["b"], None, "two classes with two questions each"),
-        (states, labels, [0, 1, 2, 3, 0, 4, 5, 6], "question 0 has two labels"),
-    ):
-        with pytest.raises(InputError, match=message):
-            probe_accuracy(given, names, questions)
-    for options in ({"splits": 0}, {"train": 1.0}):
-        with pytest.raises(InputError, match="splits must be at least 1"):
-            probe_accuracy(states, labels, **options)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_states_are_those_of_the_last_token(side):
-    model = CausalLM(build(CAUSAL["llama"], 20))
-    rows = [[1, 5, 9, 2], [1, 7]]
-    with torch.no_grad():
-        found = answer_states(model, TokenBatch.from_lists(rows, padding_side=side))
-        for state, row in zip(found, rows, strict=True):
-            alone = model.hidden_states(TokenBatch.from_lists([row]))[0, -1]
-            torch.testing.assert_close(state, alone, atol=1e-5, rtol=1e-5)
-    with pytest.raises(InputError, match="a probe needs hidden states"):
-        answer_states(NGramLM.train(["ab"], order=2), TokenBatch.from_lists([[1, 2]]))
-    with pytest.raises(RowError, match="row 1: has no token"):
-        answer_states(model, TokenBatch.from_lists([[1], []]))
-
-
-# ------------------------------------------------------------------ published labels
-def test_published_labels_overlap_as_computed(shared_data):
-    """Llama and Gemma on Natural Questions: shared knowledge > shared errors > chance."""
-    known, wrong = {}, {}
-    for name, model in (("gemma", "google_gemma-2-9b"), ("llama", "meta-llama_Meta-Llama-3.1-8B")):
-        rows = {}
-        for side in ("Hallucinate", "NonHallucinate"):
-            path = shared_data / "wack" / f"{side}Natural_qa_no_contextWithThreshold1.0_{model}.json"
-            rows[side] = {row[0] for row in json.loads(path.read_text(encoding="utf-8"))}
-        known[name], wrong[name] = rows["Hallucinate"] | rows["NonHallucinate"], rows["Hallucinate"]
-    universe = sorted(known["gemma"] | known["llama"])
-    knowledge = set_overlap(*([q in known[m] for q in universe] for m in known))
-    assert knowledge.jaccard == pytest.approx(0.647, abs=0.001)
-    shared = sorted(known["gemma"] & known["llama"])
-    errors = set_overlap(*([q in wrong[m] for q in shared] for m in wrong))
-    assert errors.jaccard == pytest.approx(0.306, abs=0.001)
-    assert errors.chance == pytest.approx(0.083, abs=0.001)
+def test_prompts_with_examples():
+    right, wrong = [("q1", "a1"), ("q2", "a2"), ("q3", "a3")], [("q1", "w1"), ("q2", "w2"), ("q3", "w3")]
+    good, bad = (shot_prompts(["x", "q2"], shots, number=2, seed=4) for shots in (right, wrong))
+    assert good[0].endswith("question: x\nanswer:")
+    assert good[0].count("question:") == 3
+    assert bad[0] == good[0].replace(" a", " w").replace("\nwnswer", "\nanswer")
+    assert "q2" not in good[1].rsplit("question", 1)[0]  # an example that is asked is not shown
+    assert good == shot_prompts(["x", "q2"], right, number=2, seed=4)
+    many = {shot_prompts(["x"], right, number=1, seed=s) for s in range(20)}
+    assert len(many) == 3
+    assert shot_prompts(["x"], [], number=0, prefix="Bob: ", template="{question}?") == ("Bob: x?",)
+    with pytest.raises(InputError, match="3 examples are to be shown before 'q2', and there are 2"):
+        shot_prompts(["q2"], right)
+    for options in ({"template": "none"}, {"number": -1}):
+        with pytest.raises(InputError, match="a template needs"):
+            shot_prompts(["x"], right, **options)

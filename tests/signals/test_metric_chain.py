@@ -16,13 +16,12 @@ from loglik.likelihood import LogLikelihood
 from loglik.signals.calibration import multiclass_brier_score
 from loglik.signals.metric_chain import (
     LINKS,
-    ScoreCompute,
     chain_correlations,
     chain_links,
     mass_trend,
     metric_chain,
-    score_compute_correlation,
 )
+from loglik.signals.score_compute import ScoreCompute, score_compute_correlation
 
 METHODS = ("pearson", "spearman", "kendall")
 

@@ -16,13 +16,8 @@ from loglik.kinds import Kind, Unit
 from loglik.likelihood import LogLikelihood
 from loglik.scoring.score import score
 from loglik.signals.detection import auroc, auroc_stderr
-from loglik.signals.probability_effects import (
-    accuracy_by_band,
-    map_accuracy,
-    matched_bands,
-    paired_contrast,
-    probability_effects,
-)
+from loglik.signals.probability_effects import map_accuracy, probability_effects
+from loglik.signals.stimuli import accuracy_by_band, matched_bands, paired_contrast
 
 
 def labelled(values, units=None) -> LogLikelihood:

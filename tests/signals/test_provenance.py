@@ -348,7 +348,7 @@ FIVE = likelihood(np.arange(5.0))
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda: query_test(FIVE, [0, 1, 1, 2, 3]), "rows 1 and 2 have the same training order 1: keep one index"),
+        (lambda: query_test(FIVE, [0, 1, 1, 2, 3]), "row 1 and row 2 have the same training order 1: keep"),
         (lambda: query_test(FIVE, range(4)), "5 examples need as many training orders, got 4"),
         (lambda: query_test(FIVE, [[0, 1, 2, 3, 4]]), "each example needs one training order"),
         (lambda: query_test(FIVE, list("abcde")), "each example needs one training order"),
@@ -384,9 +384,9 @@ FIVE = likelihood(np.arange(5.0))
         (lambda: partition_counts([[1]], [[1]], max_n=0), "at least 1 token"),
         (
             lambda: partition_counts([[1], [2], [3]], [[1]], order=[0, 5, 3]),
-            r"document 2 \(training order 3\) stands behind one of 5: sort",
+            r"row 2 \(training order 3\) stands behind one of 5: sort",
         ),
-        (lambda: partition_counts([[1], [2]], [[1]], order=[1, 1]), r"document 1 \(training order 1\) stands behind"),
+        (lambda: partition_counts([[1], [2]], [[1]], order=[1, 1]), r"row 1 \(training order 1\) stands behind"),
         (lambda: partition_counts([[1], [2]], [[1]], order=[1]), "2 examples need as many training orders, got 1"),
         (lambda: partition_test([1, 2, 3], buckets=2), "buckets must be from 3 to the 3 entries"),
         (lambda: partition_test([1, 2, 3], buckets=4), "buckets must be from 3 to the 3 entries"),

@@ -10,20 +10,19 @@ import numpy as np
 import pytest
 import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.metrics import ndcg_score
 from sklearn.metrics.pairwise import cosine_similarity
 
 import loglik
 from loglik.errors import InputError, RowError
 from loglik.kinds import DrawsKey, Kind, Unit
 from loglik.likelihood import LogLikelihood
+from loglik.signals.evidence import noisy_channel, normalise_answer, rag_marginal, retrieval_log_probs
 from loglik.signals.retrieval import (
+    backtracing_distance,
     backtracing_scores,
     bidirectional_score,
-    noisy_channel,
-    normalise_answer,
     query_likelihood,
-    rag_marginal,
-    retrieval_log_probs,
     retrieval_metrics,
     unigram_likelihood,
 )
@@ -243,7 +242,49 @@ def test_ties_are_expectations_over_random_orders():
         assert got.accuracy[1] == pytest.approx(np.mean([r <= 1 for r in ranks]))
         assert got.accuracy[3] == pytest.approx(np.mean([r <= 3 for r in ranks]))
     flat = retrieval_metrics([torch.zeros(10)], [torch.arange(10) == 4], k=(1, 3))
+    many = retrieval_metrics([torch.zeros(4000)], [torch.arange(4000) < 2000], k=(1,))  # binomials overflow
+    assert many.accuracy[1] == pytest.approx(0.5)
+    assert many.rank.item() == pytest.approx(4001 / 2001)
     assert flat.accuracy == {1: pytest.approx(0.1), 3: pytest.approx(0.3)}
+
+
+def test_recall_rank_and_ndcg_over_ties_are_scikit_learns_and_those_of_all_orders():
+    generator = np.random.default_rng(1)
+    for trial in range(12):
+        values = torch.from_numpy(generator.integers(0, 2 if trial % 2 else 5, 6)).double()
+        right = torch.zeros(6, dtype=torch.bool)
+        right[torch.from_numpy(generator.choice(6, 1 + trial % 3, replace=False))] = True
+        got = retrieval_metrics([values], [right], k=(1, 2, 4, 9))
+        places = []
+        for order in itertools.permutations(range(6)):
+            ranked = sorted(order, key=lambda i: -values[i].item())
+            places.append([place for place, i in enumerate(ranked, 1) if right[i]])
+        assert got.rank.item() == pytest.approx(np.mean([min(found) for found in places]))
+        for k in (1, 2, 4, 9):
+            wanted = np.mean([np.mean([p <= k for p in found]) for found in places])
+            assert got.recall[k].item() == pytest.approx(wanted)
+            peer = ndcg_score(right[None].numpy(), values[None].numpy(), k=k)  # its ties are averaged too
+            assert got.ndcg[k].item() == pytest.approx(peer)
+        assert got.accuracy[9] == got.recall[9].item() == 1.0
+    both = retrieval_metrics([torch.tensor([3.0, 2, 1])], [torch.tensor([False, True, True])], k=(2,))
+    assert both.per_query().keys() == {"mrr", "accuracy_at_2", "recall_at_2", "ndcg_at_2"}
+    assert both.per_query()["recall_at_2"].item() == 0.5
+
+
+def test_distances_are_those_of_all_orders():
+    generator = np.random.default_rng(2)
+    for trial in range(10):
+        values = torch.from_numpy(generator.integers(0, 2 if trial % 2 else 4, 6)).double()
+        right = torch.zeros(6, dtype=torch.bool)
+        right[torch.from_numpy(generator.choice(6, 1 + trial % 2, replace=False))] = True
+        causes = right.nonzero().flatten().tolist()
+        got = backtracing_distance([values], [right], k=(1, 2, 3, 8))
+        for k in (1, 2, 3, 8):
+            found = []
+            for order in itertools.permutations(range(6)):
+                best = sorted(order, key=lambda i: -values[i].item())[:k]
+                found.append(min(abs(i - g) for i in best for g in causes))
+            assert got[k].item() == pytest.approx(np.mean(found))
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals

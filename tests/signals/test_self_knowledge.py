@@ -19,20 +19,13 @@ from loglik.models.batch import TokenBatch
 from loglik.models.causal import CausalLM
 from loglik.models.ngram import NGramLM
 from loglik.scoring.score import score
-from loglik.signals import self_knowledge
+from loglik.signals import p_true as p_true_module
 from loglik.signals.calibration import brier_score
 from loglik.signals.choice import choose
 from loglik.signals.metacognition import risk_coverage_curve
-from loglik.signals.self_knowledge import (
-    PIKProbe,
-    PTrueTemplate,
-    binomial_cross_entropy,
-    option_pairs,
-    p_true,
-    question_states,
-    self_knowledge_curve,
-    success_counts,
-)
+from loglik.signals.p_ik import PIKProbe, binomial_cross_entropy, question_states, success_counts
+from loglik.signals.p_true import PTrueTemplate, option_pairs, p_true
+from loglik.signals.self_knowledge import self_knowledge_curve
 from zoo import CAUSAL, build, byte_level_tokenizer
 
 QUESTIONS, ANSWERS = ["hello world?", "The answer?"], ["yes it is", "42"]
@@ -132,7 +125,7 @@ def test_kinds_and_impossible_options():
         return LogLikelihood(values, kind, Unit.TOKEN, torch.ones(len(values)), constant=constant, **more)
 
     def kinds(one):
-        got = self_knowledge._p_true(one, one, 1.0)
+        got = p_true_module._p_true(one, one, 1.0)
         return got.probability.kind, got.log_odds.kind, got.raw.kind
 
     exact, odd = Kind.EXACT, Kind.SURROGATE
@@ -143,10 +136,10 @@ def test_kinds_and_impossible_options():
     noise = {"stderr": torch.ones(1, dtype=torch.float64), "draws": DrawsKey.of("a")}
     assert kinds(likelihood(Kind.LOWER_BOUND, **noise)) == (odd, odd, odd)
     never = likelihood(value=[-math.inf])
-    assert self_knowledge._p_true(likelihood(), never, 1.0).probability.item() == 1.0
-    assert self_knowledge._p_true(never, likelihood(), 1.0).probability.item() == 0.0
+    assert p_true_module._p_true(likelihood(), never, 1.0).probability.item() == 1.0
+    assert p_true_module._p_true(never, likelihood(), 1.0).probability.item() == 0.0
     with pytest.raises(RowError, match="question 0: neither option is possible"):
-        self_knowledge._p_true(never, never, 1.0)
+        p_true_module._p_true(never, never, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -184,6 +177,11 @@ def test_p_true_refuses_with_a_sentence(change, message):
 def test_templates_without_a_place_are_refused(change, message):
     with pytest.raises(InputError, match=message):
         replace(PTrueTemplate(), **change)
+
+
+def test_a_prompt_that_does_not_fit_is_named_by_its_question():
+    with pytest.raises(RowError, match="question 1: "):
+        p_true(causal(), ["hello?", "漢字 " * 2000], ["a", "b"])
 
 
 # -------------------------------------------------------------------------------------------------- multiple choice
@@ -350,6 +348,8 @@ def test_probes_and_states_refuse_with_a_sentence():
         question_states(model, TokenBatch.from_lists([]))
     with pytest.raises(RowError, match="question 1: has no token"):
         question_states(model, TokenBatch.from_lists([[1], []], starts=[0, 0]))
+    with pytest.raises(RowError, match=r"question 1: has .* tokens and the model's context is .*: shorten it"):
+        question_states(causal(), ["hello", "漢字 " * 2000])
 
 
 # ---------------------------------------------------------------------------------------------------------- curves

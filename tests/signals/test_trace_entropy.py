@@ -19,15 +19,10 @@ from loglik.models.causal import CausalLM
 from loglik.models.masked import MaskedLM
 from loglik.models.ngram import NGramLM
 from loglik.models.seq2seq import Seq2SeqLM
-from loglik.signals import trace_entropy
-from loglik.signals.trace_entropy import (
-    EntropyCurve,
-    answer_entropy_curve,
-    entropy_curve,
-    open_entropy_curve,
-    span_entropy,
-    split_steps,
-)
+from loglik.signals import span_entropy as span_module
+from loglik.signals.entropy_curve import EntropyCurve
+from loglik.signals.span_entropy import span_entropy
+from loglik.signals.trace_entropy import answer_entropy_curve, entropy_curve, open_entropy_curve, split_steps
 from zoo import CAUSAL, MASKED, SEQ2SEQ, build, byte_level_tokenizer, t5_tokenizer
 
 V = 4
@@ -159,9 +154,9 @@ def test_entropies_are_those_of_torch_distributions(name):
 def test_one_pass_and_every_prefix_give_the_same(name, monkeypatch):
     model = CausalLM(build(CAUSAL[name], 30))
     once = span_entropy(model, rows("left"))
-    monkeypatch.setattr(trace_entropy, "_one_pass", trace_entropy._prefixes)
+    monkeypatch.setattr(span_module, "_one_pass", span_module._prefixes)
     for size in (1, 2, 256):
-        monkeypatch.setattr(trace_entropy, "_CHUNK_ROWS", size)
+        monkeypatch.setattr(span_module, "_CHUNK_ROWS", size)
         each = span_entropy(model, rows("left"))
         torch.testing.assert_close(each.per_token, once.per_token, atol=1e-5, rtol=0)
         torch.testing.assert_close(each.log_likelihood.per_unit, once.log_likelihood.per_unit, atol=1e-5, rtol=0)
@@ -171,7 +166,7 @@ def test_chunks_bound_the_logits_and_change_nothing(monkeypatch):
     model = CausalLM(build(CAUSAL["llama"], 30))
     whole = span_entropy(model, rows())
     for positions in (1, 2, 5):
-        monkeypatch.setattr(trace_entropy, "_CHUNK_LOGITS", positions * 30)
+        monkeypatch.setattr(span_module, "_CHUNK_LOGITS", positions * 30)
         torch.testing.assert_close(span_entropy(model, rows()).per_token, whole.per_token, atol=1e-5, rtol=0)
     model.trunk._form = None  # a head that is no plain matrix is used as it is
     torch.testing.assert_close(span_entropy(model, rows()).per_token, whole.per_token, atol=1e-5, rtol=0)

@@ -14,13 +14,12 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from loglik.errors import InputError, LoglikError, RowError
+from loglik.errors import InputError, LoglikError
 from loglik.kinds import Kind, Unit
 from loglik.likelihood import LogLikelihood
 from loglik.models.batch import TokenBatch
 from loglik.models.causal import CausalLM
 from loglik.models.masked import MaskedLM
-from loglik.signals.membership import membership_scores
 from loglik.signals.traps import (
     Traps,
     _draw,
@@ -30,7 +29,6 @@ from loglik.signals.traps import (
     inject_tokens,
     jaccard,
     repetition_curve,
-    text_rows,
     trap_test,
 )
 from zoo import CAUSAL, MASKED, build
@@ -257,31 +255,6 @@ def test_refusals_of_repetitions(numbers):
 def test_buckets_that_do_not_divide():
     with pytest.raises(InputError, match="bucket 1 has 3 traps, which 2 numbers"):
         assign_repetitions(torch.tensor([0, 0, 1, 1, 1]), [0, 1], generator=seeded())
-
-
-# ---------------------------------------------------------------------- rows with context
-def test_context_is_read_and_not_scored(tiny):
-    trap, before = "def zig(zag):", "import os\n"
-    alone, within = text_rows(tiny, [trap]), text_rows(tiny, [trap], [before])
-    assert int(alone.scored_mask.sum()) == int(within.scored_mask.sum())
-    assert alone.ids[0, 0] == tiny.tokenizer.bos_token_id
-    with torch.no_grad():
-        terms = tiny.log_prob(TokenBatch.from_lists([within.ids[0].tolist()])).per_unit[0]
-    got = membership_scores(tiny, within)["loss"].item()
-    assert got == pytest.approx(terms[within.scored_mask[0]].mean().item(), abs=1e-4)
-    assert got != pytest.approx(membership_scores(tiny, alone)["loss"].item(), abs=1e-3)
-
-
-def test_refusals_of_rows(tiny):
-    for texts in ([], "one"):
-        with pytest.raises(InputError, match="texts must be a sequence"):
-            text_rows(tiny, texts)
-    with pytest.raises(InputError, match="2 texts need as many contexts, got 1"):
-        text_rows(tiny, ["a", "b"], ["c"])
-    with pytest.raises(RowError, match="row 1: the completion is empty"):
-        text_rows(tiny, ["a", ""])
-    with pytest.raises(RowError, match=r"row 0: has \d+ tokens and the model's context is"):
-        text_rows(tiny, ["x = 1\n" * 2000])
 
 
 # ---------------------------------------------------------------------- tests

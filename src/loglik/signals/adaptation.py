@@ -19,7 +19,16 @@ from loglik.errors import InputError
 from loglik.signals.class_log_probs import checked_rows
 from loglik.signals.detection import as_numbers
 
-__all__ = ["Affinity", "LameResult", "knn_affinity", "lame", "lame_objective", "linear_affinity", "rbf_affinity"]
+__all__ = [
+    "Affinity",
+    "LameResult",
+    "knn_affinity",
+    "lame",
+    "lame_objective",
+    "lame_stream",
+    "linear_affinity",
+    "rbf_affinity",
+]
 
 Affinity = Literal["knn", "rbf", "linear"]
 
@@ -117,6 +126,48 @@ def lame(
             converged = True
             break
     return LameResult(current, tuple(objective), tuple(energy), converged)
+
+
+def lame_stream(
+    log_probs: Tensor | ArrayLike,
+    features: Tensor | ArrayLike,
+    *,
+    batch_size: int = 64,
+    affinity: Affinity = "knn",
+    k: int = 5,
+    lam: float = 1.0,
+) -> Tensor:
+    """`lame` on consecutive batches of a stream; nothing is kept between them.
+
+    Args:
+        log_probs: (N, K) nats, in the order of the stream.
+        features: (N, D) of the same rows.
+        batch_size: rows per batch; the last one may have fewer, and a last row alone keeps its prediction.
+        affinity: as in `lame`.
+        k: as there.
+        lam: as there.
+
+    Returns:
+        (N, K) adjusted log-probabilities, float64, nats.
+
+    Raises:
+        InputError: as `lame`, or for a batch size below 1.
+
+    Source: arXiv 2201.05718.
+    """
+    _require_count(batch_size, "batch_size")
+    rows, values = checked_rows(log_probs), as_numbers(features, "features")
+    if values.ndim != 2 or len(values) != len(rows):
+        raise InputError(f"each of {len(rows)} rows needs its features, got {values.shape}")
+    _unit(values)  # refused under the row's number in the stream, not in its batch
+    parts = []
+    for first in range(0, len(rows), batch_size):
+        own = slice(first, first + batch_size)
+        if len(rows[own]) == 1:
+            parts.append(torch.from_numpy(rows[own]).log_softmax(1))
+        else:
+            parts.append(lame(rows[own], values[own], affinity=affinity, k=k, lam=lam).log_probs)
+    return torch.cat(parts)
 
 
 def lame_objective(

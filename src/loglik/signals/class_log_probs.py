@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import logsumexp
+from scipy.special import log_softmax, logsumexp
 from torch import Tensor
 
 from loglik.errors import InputError
 from loglik.signals.detection import as_numbers
 
-__all__ = ["checked_log_probs", "checked_rows"]
+__all__ = ["Scale", "checked_log_probs", "checked_rows", "class_log_probs"]
+
+Scale = Literal["logits", "log_probs", "probs"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -67,3 +71,26 @@ def checked_rows(log_probs: Tensor | ArrayLike, *, normalised: bool = True) -> F
             "log-softmax of logits, or the logarithm of probabilities"
         )
     return values
+
+
+def class_log_probs(values: Tensor | ArrayLike, scale: Scale) -> Floats:
+    """Class scores (N, K) of any scale as normalised log-probabilities, nats, float64.
+
+    Args:
+        values: (N, K).
+        scale: ``logits`` of any sum, ``log_probs``, or ``probs`` in [0, 1]; rows of the latter two sum to 1.
+
+    Raises:
+        InputError: for probabilities outside [0, 1], rows that are no distribution, no rows, or another scale.
+    """
+    if scale not in ("logits", "log_probs", "probs"):
+        raise InputError(f"scale must be logits, log_probs or probs, got {scale!r}")
+    given = as_numbers(values, scale).astype(np.float64)
+    if scale == "probs":
+        outside = np.argwhere(~((given >= 0) & (given <= 1)))
+        if len(outside):
+            place = tuple(outside[0])
+            raise InputError(f"probabilities must lie in [0, 1], got {given[place]:g} in row {int(place[0])}")
+        with np.errstate(divide="ignore"):
+            given = np.log(given)
+    return np.asarray(log_softmax(checked_rows(given, normalised=scale != "logits"), axis=1))

@@ -19,7 +19,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from scipy.optimize import brentq
 from torch import Tensor
 
 from loglik.errors import InputError, RowError
@@ -30,12 +29,12 @@ from loglik.models.tokens import widened
 __all__ = [
     "CodeLength",
     "Epiplexity",
-    "ScalingLaw",
+    "at_budget",
     "code_compute",
-    "epiplexity_from_scaling_law",
     "epiplexity_frontier",
     "prequential_code",
     "requential_code",
+    "require_positive",
     "step_divergence",
 ]
 
@@ -73,7 +72,7 @@ def code_compute(parameters: float, tokens: float, data_tokens: float) -> float:
         InputError: for a number that is not positive and finite.
     """
     for name, value in (("parameters", parameters), ("tokens", tokens), ("data_tokens", data_tokens)):
-        _require_positive(name, value)
+        require_positive(name, value)
     return 6.0 * parameters * tokens + 2.0 * parameters * data_tokens
 
 
@@ -277,91 +276,34 @@ def epiplexity_frontier(points: Sequence[Epiplexity]) -> tuple[Epiplexity, ...]:
     return tuple(hull)
 
 
-@dataclass(frozen=True, slots=True)
-class ScalingLaw:
-    r"""Loss :math:`L(N, D) = E + (N / N_0)^{-\alpha} + (D / D_0)^{-\beta}`, nats per token.
+def at_budget(frontier: Sequence[Epiplexity], compute: float = math.inf) -> Epiplexity:
+    """The code that a budget of compute should choose: the last point of the frontier that it pays for.
 
     Args:
-        floor: E, what no model can learn.
-        parameters: N0.
-        alpha: exponent of the parameters.
-        tokens: D0.
-        beta: exponent of the tokens, below 1.
+        frontier: from `epiplexity_frontier`.
+        compute: FLOPs; infinite for the shortest code of all.
 
     Raises:
-        InputError: for constants out of range.
+        InputError: for no points, a budget that is not positive, or one that pays for none of them.
     """
-
-    floor: float
-    parameters: float
-    alpha: float
-    tokens: float
-    beta: float
-
-    def __post_init__(self) -> None:
-        for name in ("parameters", "alpha", "tokens", "beta"):
-            _require_positive(name, getattr(self, name))
-        if self.beta >= 1 or not 0 <= self.floor < math.inf:
-            raise InputError(f"beta must be below 1 and floor at least 0, got {self.beta} and {self.floor}")
-
-    def loss(self, parameters: float, tokens: float) -> float:
-        """L(N, D), nats per token; infinite numbers give the limit."""
-        return float(self.floor + (parameters / self.parameters) ** -self.alpha + (tokens / self.tokens) ** -self.beta)
-
-    def structure(self, tokens: float) -> float:
-        r"""Prequential bits of a model of D tokens, :math:`\frac{\beta}{1 - \beta} D_0^\beta D^{1 - \beta} / \ln 2`."""
-        return float(self.beta / (1 - self.beta) * self.tokens**self.beta * tokens ** (1 - self.beta) / _LN2)
-
-
-def epiplexity_from_scaling_law(law: ScalingLaw, *, data_tokens: float, compute: float = math.inf) -> Epiplexity:
-    r"""Structure and entropy of a data set whose loss follows a scaling law, at the best model of a compute budget.
-
-    The tokens D solve
-
-    .. math:: \beta D_0^\beta (\mathcal D - D) D^{-\beta - 1} =
-              3 \alpha \mathcal D N_0^\alpha 2^\alpha C^{-\alpha} (3 D + \mathcal D)^{\alpha - 1}, \qquad
-              N = \frac{C}{2 (3 D + \mathcal D)}
-
-    whose left side falls against the right one, so that there is one solution. Without a limit D is the data set.
-
-    Args:
-        law: the scaling law.
-        data_tokens: :math:`\mathcal D`, of the data set.
-        compute: C in FLOPs, or infinite.
-
-    Raises:
-        InputError: for numbers that are not positive, or a budget so small that less than a millionth of a token could
-            be trained on.
-
-    Source: arXiv 2601.03220.
-    """
-    _require_positive("data_tokens", data_tokens)
-    if compute == math.inf:
-        entropy = data_tokens * law.loss(math.inf, data_tokens) / _LN2
-        return Epiplexity(law.structure(data_tokens), entropy, math.inf, math.inf, float(data_tokens))
-    _require_positive("compute", compute)
-    scale = 3 * law.alpha * data_tokens * (2 * law.parameters / compute) ** law.alpha
-
-    def slope(log_tokens: float) -> float:
-        """Logarithm of the left side over the right one; falls from infinity to minus infinity."""
-        d = math.exp(log_tokens)
-        left = math.log(law.beta * (data_tokens - d)) + law.beta * math.log(law.tokens) - (law.beta + 1) * log_tokens
-        return left - math.log(scale) - (law.alpha - 1) * math.log(3 * d + data_tokens)
-
-    low, high = math.log(1e-6), math.log(data_tokens) + math.log1p(-1e-12)
-    if slope(low) < 0:
-        raise InputError(f"a budget of {compute:g} FLOPs trains no model on {data_tokens:g} tokens: give more")
-    # Next to all data the solution is all data, to the last digit.
-    tokens = math.exp(brentq(slope, low, high, xtol=1e-13)) if slope(high) < 0 else data_tokens
-    parameters = compute / (2 * (3 * tokens + data_tokens))
-    entropy = data_tokens * law.loss(parameters, tokens) / _LN2
-    return Epiplexity(law.structure(tokens), entropy, float(compute), parameters, tokens)
+    if not frontier:
+        raise InputError("there are no points: give the code of at least one run")
+    if not compute > 0:
+        raise InputError(f"the budget must be positive, got {compute}")
+    paid = [point for point in frontier if point.compute <= compute]
+    if not paid:
+        raise InputError(
+            f"a budget of {compute:.4g} FLOPs pays for no point of the frontier, whose cheapest costs "
+            f"{frontier[0].compute:.4g}: give more, or train smaller models"
+        )
+    return paid[-1]
 
 
 _RULES = {"divergence": "at least 0 and finite", "number of tokens": "positive"}
 
 
-def _require_positive(name: str, value: float) -> None:
+def require_positive(name: str, value: float) -> None:
+    """Refuse a number that is not positive and finite, by its name."""
     if not (isinstance(value, int | float) and 0 < value < math.inf):
         raise InputError(f"{name} must be positive and finite, got {value}")
 

@@ -23,6 +23,7 @@ from loglik.models.protocol import TextModel
 from loglik.scoring.engine import ScoreOptions, Scorer
 from loglik.scoring.pending import TokenScores
 from loglik.signals.follow_ups import DEFAULT_FOLLOW_UPS, FollowUps
+from loglik.signals.intervals import bootstrap_means
 
 __all__ = [
     "DEFAULT_FOLLOW_UPS",
@@ -36,9 +37,6 @@ __all__ = [
     "offline_policy_value",
     "plain_template",
 ]
-
-# Values that resampling holds at once.
-_RESAMPLED = 1 << 22
 
 Message = Mapping[str, str]
 Template = Literal["auto", "chat", "plain"] | Callable[[Sequence[Message]], str]
@@ -242,7 +240,7 @@ def offline_policy_value(
         raise InputError(f"an interval needs at least two prompts, got {len(count)}")
     sums = torch.zeros(len(rows), len(count), dtype=torch.float64, device=rows.device)
     means = (sums.index_add_(1, which, rows.detach().double()) / count).cpu().numpy()
-    drawn = _bootstrap_means(means, resamples, seed)
+    drawn = bootstrap_means(means, resamples, seed)
     tails = [(1 - level) / 2, (1 + level) / 2]
     interval = np.quantile(drawn, tails, axis=1).T
     paired = np.quantile(drawn - drawn[:1], tails, axis=1).T
@@ -250,18 +248,6 @@ def offline_policy_value(
     return PolicyValues(
         value, torch.from_numpy(interval), value - value[:1], torch.from_numpy(paired), level, len(count)
     )
-
-
-def _bootstrap_means(means: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """(K, R) means over resampled columns of (K, G), the same columns for all rows."""
-    generator = np.random.default_rng(seed)
-    rows, groups = means.shape
-    at_once = max(1, _RESAMPLED // (rows * groups))
-    parts = []
-    for begin in range(0, resamples, at_once):
-        index = generator.integers(groups, size=(min(at_once, resamples - begin), groups))
-        parts.append(means[:, index].mean(-1))
-    return np.concatenate(parts, axis=1)
 
 
 def _follow_ups(side: Literal["positive", "negative"], given: Sequence[str] | None) -> list[str]:

@@ -151,6 +151,7 @@ class HCalibration:
     Attributes:
         map_: the fitted module.
         losses_: the objective before each step.
+        num_classes_: C.
 
     Raises:
         InputError: for options out of range.
@@ -160,6 +161,7 @@ class HCalibration:
 
     map_: nn.Module
     losses_: list[float]
+    num_classes_: int
 
     def __init__(
         self,
@@ -181,6 +183,7 @@ class HCalibration:
             raise InputError(f"objective must be h or nll, got {objective!r}")
         require_size(steps, "steps")
         require_size(recluster, "recluster")
+        _require_window(window)
         if not 0 < learning_rate < math.inf:
             raise InputError(f"learning_rate must be positive and finite, got {learning_rate}")
         self.mapping = mapping
@@ -248,7 +251,7 @@ class HCalibration:
             schedule.step()
             losses.append(float(loss.detach()))
         self.map_, self.losses_ = module, losses
-        self._num_classes = values.shape[1]
+        self.num_classes_ = values.shape[1]
         return self
 
     @torch.no_grad()
@@ -261,8 +264,8 @@ class HCalibration:
         if not hasattr(self, "map_"):
             raise InputError("HCalibration has no map yet: call fit first")
         values = checked_rows(logits, normalised=False)
-        if values.shape[1] != self._num_classes:
-            raise InputError(f"the map was fitted on {self._num_classes} classes, got {values.shape[1]}")
+        if values.shape[1] != self.num_classes_:
+            raise InputError(f"the map was fitted on {self.num_classes_} classes, got {values.shape[1]}")
         mapped: Tensor = self.map_(torch.from_numpy(values).log_softmax(1))
         return mapped
 
@@ -301,6 +304,11 @@ def _windowed(
     return (total[count > 0] / count[count > 0]).mean().to(probs.dtype)
 
 
+def _require_window(window: int) -> None:
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1 or window % 2 == 0:
+        raise InputError(f"window must be an odd whole number, so that it has a middle, got {window!r}")
+
+
 def _check_loss(probs: Tensor, labels: Tensor, window: int, epsilon: float, weighting: str) -> None:
     if probs.dim() != 2 or not probs.numel() or labels.shape != probs.shape[:1] or labels.dtype != torch.long:
         raise InputError(
@@ -316,8 +324,7 @@ def _check_loss(probs: Tensor, labels: Tensor, window: int, epsilon: float, weig
         raise InputError(
             f"labels must be from 0 to {probs.shape[1] - 1}, got {int(labels[off[0]])} in row {int(off[0])}"
         )
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1 or window % 2 == 0:
-        raise InputError(f"window must be an odd whole number, so that it has a middle, got {window!r}")
+    _require_window(window)
     if not 0 <= epsilon < math.inf:
         raise InputError(f"epsilon must be at least 0 and finite, got {epsilon}")
     if weighting not in ("cluster", "mean"):

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +29,7 @@ from loglik.models.dense import output_head, predicted_mask, scored_logits, stat
 from loglik.models.protocol import ChainRule, require
 from loglik.models.seq2seq import Seq2SeqLM
 from loglik.models.trunk import evaluating
+from loglik.signals.texts import inference_log_prob
 
 __all__ = [
     "NextTokenMoments",
@@ -285,10 +285,10 @@ def membership_scores(
     if texts is not None:
         out["zlib"] = zlib_score(likelihood, texts)
     if lowered is not None:
-        out["lowercase"] = lowercase_score(likelihood, _log_prob(model, lowered))
+        out["lowercase"] = lowercase_score(likelihood, inference_log_prob(model, lowered))
     if reference is not None:
         rows = batch if reference_batch is None else reference_batch
-        out["ratio"] = reference_score(likelihood, _log_prob(reference, rows).to(likelihood.value.device))
+        out["ratio"] = reference_score(likelihood, inference_log_prob(reference, rows).to(likelihood.value.device))
     return out
 
 
@@ -384,13 +384,6 @@ def _lowest(values: Tensor, mask: Tensor, k: float) -> Tensor:
     counts = [max(1, math.floor(k * n + 1e-9)) for n in mask.sum(1).tolist()]
     ordered = values.masked_fill(~mask, torch.inf).sort(1).values
     return torch.stack([row[:count].mean() for row, count in zip(ordered, counts, strict=True)])
-
-
-def _log_prob(model: Any, batch: TokenBatch) -> LogLikelihood:
-    network = getattr(model, "model", None)
-    with torch.no_grad(), evaluating(network) if isinstance(network, torch.nn.Module) else nullcontext():
-        found: LogLikelihood = model.log_prob(batch)
-    return found
 
 
 def _same_rows(likelihood: LogLikelihood, other: LogLikelihood, whose: str) -> None:

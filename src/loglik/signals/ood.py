@@ -25,7 +25,7 @@ from loglik.kinds import Kind
 from loglik.likelihood import LogLikelihood, Measurement
 from loglik.models.batch import TokenBatch
 from loglik.models.trunk import evaluating
-from loglik.signals.membership import _log_prob
+from loglik.signals.texts import inference_log_prob
 
 __all__ = [
     "likelihood_ratio",
@@ -321,12 +321,12 @@ def ood_scores(
 
     Source: arXiv 2404.08679.
     """
-    found = _log_prob(model, batch)
+    found = inference_log_prob(model, batch)
     adapted: Any = getattr(model, "model", None)
     if base is None and not hasattr(adapted, "disable_adapter"):
         raise InputError("the ratio needs the model before fine-tuning: give base, or a model with an adapter")
     with nullcontext() if base is not None else adapted.disable_adapter():
-        before = _log_prob(model if base is None else base, batch)
+        before = inference_log_prob(model if base is None else base, batch)
     out = {
         "likelihood_ratio": likelihood_ratio(found, before, normalise=normalise),
         "likelihood": likelihood_score(found, normalise=normalise),

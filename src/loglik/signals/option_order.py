@@ -125,7 +125,11 @@ def score_orders(
         names = [used[label] for label in mark]
         prompt = template(question, [options[option] for option in order], names)
         pairs.extend((prompt, separator + name) for name in names)
-    return score(model, pairs)
+    try:
+        return score(model, pairs)
+    except RowError as error:  # rows of the score are labels in orders
+        number = int(error.row.split()[1]) if error.row else 0
+        raise RowError(error.reason, row=f"order {number // len(options)}") from None
 
 
 @dataclass(frozen=True, slots=True)

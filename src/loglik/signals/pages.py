@@ -11,6 +11,7 @@ import io
 import math
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -58,7 +59,9 @@ class AuditPage:
     def figure(self, heading: str, figure: Figure, caption: str = "") -> None:
         """A plot, drawn into the page as SVG."""
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        with warnings.catch_warnings():  # names of the data may have letters that the font lacks; they become boxes
+            warnings.filterwarnings("ignore", message="Glyph .* missing")
+            figure.savefig(buffer, format="svg", metadata={"Date": None})
         drawn = re.sub(r"^.*?(?=<svg)", "", buffer.getvalue(), count=1, flags=re.DOTALL)
         text = f"<p>{html.escape(caption)}</p>" if caption else ""
         self._section(heading, f"<figure>{drawn}</figure>{text}")

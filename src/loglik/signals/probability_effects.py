@@ -3,7 +3,7 @@ r"""Embers of autoregression: is a model right more often where the right answer
 A language model asked to decode a cipher answers by :math:`P(y \mid x) \propto P(x \mid y)\, P(y)`. Where it reads the
 input imperfectly, the prior leaks in: probable outputs are found, improbable ones become more probable. `map_accuracy`
 is that argument as a number, `probability_effects` the regression that looks for it in a model's answers,
-`accuracy_by_band` its table and `paired_contrast` the comparison of a common task with a rare one on the same outputs.
+`loglik.signals.stimuli` has its tables: accuracy in bands of probability, and a common task against a rare one.
 """
 
 from __future__ import annotations
@@ -14,33 +14,27 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import linprog
 from scipy.special import expit, log_expit, logsumexp
-from scipy.stats import binomtest, norm
+from scipy.stats import norm
 from torch import Tensor
 
 from loglik.errors import InputError, RowError
 from loglik.likelihood import LogLikelihood
-from loglik.signals.detection import Estimate, as_numbers, auroc, auroc_stderr, checked_pairs, proportion_interval
+from loglik.signals.detection import as_numbers, auroc, auroc_stderr, checked_pairs
+from loglik.signals.stimuli import finite_values
 
 __all__ = [
-    "Band",
     "Effect",
-    "PairedContrast",
     "Prior",
     "ProbabilityEffects",
-    "accuracy_by_band",
     "map_accuracy",
-    "matched_bands",
-    "paired_contrast",
     "probability_effects",
 ]
 
 Prior = Literal["none", "firth", "ridge"]
 Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 _STEPS = 200  # Newton needs about ten
 
@@ -154,7 +148,7 @@ def probability_effects(
         raise InputError(f"level must lie between 0 and 1, got {level}")
     if not (isinstance(strength, int | float) and 0 < strength < math.inf):
         raise InputError(f"strength must be positive and finite, got {strength}")
-    values = _values(output, "output")
+    values = finite_values(output, "output")
     area = auroc(values, correct)  # refuses one class only, and lengths that differ
     _, right = checked_pairs(values, correct, ("output", "correct"))
     columns = _columns(output, input, covariates or {}, lengths=lengths, count=len(right))
@@ -193,159 +187,6 @@ def probability_effects(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Band:
-    """Items of similar probability.
-
-    Args:
-        label: of the band; the higher, the more probable, where bands were made by rank.
-        count: items.
-        accuracy: share of right ones, with its exact binomial interval.
-        log_prob: mean log-probability, nats.
-        num_units: mean number of units: bands that differ here are not matched.
-    """
-
-    label: int
-    count: int
-    accuracy: Estimate
-    log_prob: float
-    num_units: float
-
-
-def accuracy_by_band(
-    correct: Tensor | ArrayLike, likelihood: LogLikelihood, bands: int | Tensor | ArrayLike = 3, *, level: float = 0.95
-) -> tuple[Band, ...]:
-    """Accuracy in bands of probability, the least probable band first.
-
-    Args:
-        correct: (N,) bool, or 0 and 1.
-        likelihood: (N,) of the outputs (or inputs) that the bands are about.
-        bands: how many bands of equal size by rank (equal values share one), or (N,) whole numbers that name the band
-            of each item; items of a negative one are left out (`matched_bands`).
-        level: confidence of each interval, in (0, 1).
-
-    Raises:
-        InputError: for unequal lengths, more bands than items, or options out of range.
-        RowError: for a log-likelihood that is not finite.
-
-    Source: arXiv 2309.13638.
-    """
-    values = _values(likelihood, "likelihood")
-    _, right = checked_pairs(values, correct, ("likelihood", "correct"))
-    if isinstance(bands, int) and not isinstance(bands, bool):
-        if not 1 <= bands <= len(values):
-            raise InputError(f"bands must be from 1 to the number of items, {len(values)}, got {bands}")
-        _, which, count = np.unique(values, return_inverse=True, return_counts=True)
-        labels = (bands * (2 * count.cumsum() - count) // (2 * len(values)))[which]  # by middle rank
-    else:
-        labels = _whole(bands, "bands", len(values))
-    units = likelihood.num_units.detach().cpu().numpy()
-    found = []
-    for label in np.unique(labels[labels >= 0]).tolist():
-        own = labels == label
-        size, hits = int(own.sum()), int(right[own].sum())
-        low, high = proportion_interval(np.array([hits]), np.array([size]), level)
-        accuracy = Estimate(hits / size, float(low[0]), float(high[0]))
-        found.append(Band(int(label), size, accuracy, float(values[own].mean()), float(units[own].mean())))
-    if not found:
-        raise InputError("no item is in a band: name the band of some by a number from 0")
-    return tuple(found)
-
-
-def matched_bands(likelihood: LogLikelihood, bands: int = 3, *, lengths: Tensor | ArrayLike | None = None) -> Tensor:
-    """Choose items so that bands of probability have the same lengths, one by one.
-
-    Within each length the items are ranked, and equally many go into each band: from the bottom, evenly spaced places
-    between, and the top. The rest belongs to none.
-
-    Args:
-        likelihood: (N,) of the candidate strings.
-        bands: at least 2.
-        lengths: (N,) whole numbers to match on; `num_units` if None.
-
-    Returns:
-        (N,) long: 0 for the least probable band, up to ``bands - 1``, and -1 for items that are left out.
-
-    Raises:
-        InputError: for fewer than two bands, or if no length has an item for each band.
-        RowError: for a log-likelihood that is not finite.
-
-    Source: arXiv 2309.13638 (100 sentences per level, matched on length).
-    """
-    if isinstance(bands, bool) or not isinstance(bands, int) or bands < 2:
-        raise InputError(f"bands must be at least 2, got {bands!r}")
-    values = _values(likelihood, "likelihood")
-    sizes = _whole(likelihood.num_units if lengths is None else lengths, "lengths", len(values))
-    labels = np.full(len(values), -1, dtype=np.int64)
-    for size in np.unique(sizes).tolist():
-        own = np.flatnonzero(sizes == size)
-        own = own[np.argsort(values[own], kind="stable")]
-        each = len(own) // bands
-        for band in range(bands):
-            begin = band * (len(own) - each) // (bands - 1)
-            labels[own[begin : begin + each]] = band
-    if (labels < 0).all():
-        raise InputError(f"no length has {bands} items, one for each band: give more strings, or fewer bands")
-    return torch.from_numpy(labels)
-
-
-@dataclass(frozen=True, slots=True)
-class PairedContrast:
-    """Two tasks on the same items.
-
-    Args:
-        first: accuracy on the first.
-        second: accuracy on the second.
-        difference: first minus second, with its interval.
-        only_first: items right on the first alone.
-        only_second: items right on the second alone.
-        p_value: McNemar's exact two-sided test that both are equally easy.
-        count: items.
-    """
-
-    first: float
-    second: float
-    difference: Estimate
-    only_first: int
-    only_second: int
-    p_value: float
-    count: int
-
-
-def paired_contrast(first: Tensor | ArrayLike, second: Tensor | ArrayLike, *, level: float = 0.95) -> PairedContrast:
-    r"""Accuracy on a common task against a rare one, on the same outputs.
-
-    The p-value is McNemar's: of the items that only one task gets right, half should be the first's, which is a
-    binomial test. The interval is Agresti and Min's: a half is added to each cell of the two-by-two table and the
-    difference's normal interval is taken.
-
-    Args:
-        first: (N,) bool, or 0 and 1: whether the first task's answer is right.
-        second: (N,) of the same items under the second task.
-        level: confidence of the interval, in (0, 1).
-
-    Raises:
-        InputError: for unequal lengths, no items, or labels other than 0 and 1.
-
-    Source: arXiv 2309.13638 (the contrast); McNemar 1947; Agresti and Min 2005.
-    """
-    if not 0 < level < 1:
-        raise InputError(f"level must lie between 0 and 1, got {level}")
-    numbers, other = checked_pairs(first, second, ("first", "second"))
-    _, own = checked_pairs(np.zeros(len(numbers)), numbers, ("first", "first"))
-    count = len(own)
-    if not count:
-        raise InputError("there are no items: give at least one pair")
-    b, c = int((own & ~other).sum()), int((other & ~own).sum())
-    raw = (b - c) / count
-    centre = (b - c) / (count + 2)
-    deviation = math.sqrt((b + c + 1 - (b - c) ** 2 / (count + 2)) / (count + 2) ** 2)
-    width = float(norm.ppf((1 + level) / 2)) * deviation
-    low, high = max(-1.0, min(centre - width, raw)), min(1.0, max(centre + width, raw))
-    p_value = float(binomtest(b, b + c).pvalue) if b + c else 1.0
-    return PairedContrast(float(own.mean()), float(other.mean()), Estimate(raw, low, high), b, c, p_value, count)
-
-
 def map_accuracy(log_prior: Tensor | ArrayLike, log_channel: Tensor | ArrayLike) -> Floats:
     r"""How often the best possible decoder of a noisy reading is right, for each output.
 
@@ -379,25 +220,6 @@ def map_accuracy(log_prior: Tensor | ArrayLike, log_channel: Tensor | ArrayLike)
     return np.asarray((np.exp(channel) * (guess == np.arange(len(prior))[:, None])).sum(1))
 
 
-def _values(likelihood: LogLikelihood, name: str) -> Floats:
-    """(N,) float64, all finite."""
-    bad = (~torch.isfinite(likelihood.value)).nonzero().flatten()
-    if len(bad):
-        raise RowError(
-            f"the log-likelihood of the {name} is {float(likelihood.value[bad[0]])}: leave the item out",
-            row=f"row {int(bad[0])}",
-        )
-    found: Floats = likelihood.value.detach().cpu().double().numpy()
-    return found
-
-
-def _whole(given: Any, name: str, count: int) -> Ints:
-    numbers = as_numbers(given, name)
-    if numbers.shape != (count,) or not (numbers == np.floor(numbers)).all():
-        raise InputError(f"{name} must be {count} whole numbers, one per item, got {numbers.dtype} {numbers.shape}")
-    return numbers.astype(np.int64)
-
-
 def _columns(
     output: LogLikelihood,
     given: LogLikelihood | None,
@@ -413,7 +235,7 @@ def _columns(
             continue
         if len(likelihood) != count:
             raise InputError(f"there are {len(likelihood)} {name}s for {count} answers: give one each")
-        columns[f"{name} log-probability"] = _values(likelihood, name)
+        columns[f"{name} log-probability"] = finite_values(likelihood, name)
         if lengths:
             columns[f"{name} {likelihood.unit}s"] = likelihood.num_units.detach().cpu().double().numpy()
     for name, column in covariates.items():

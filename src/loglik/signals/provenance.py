@@ -131,7 +131,7 @@ def query_test(
         step = distinct[counts > 1][0]
         one, other = np.flatnonzero(when == step)[:2]
         raise InputError(
-            f"rows {one} and {other} have the same training order {step:g}: keep one index per example, or set "
+            f"row {one} and row {other} have the same training order {step:g}: keep one index per example, or set "
             "repeated to average if they were in one batch"
         )
     groups = np.zeros(len(scores), dtype=np.int64)
@@ -186,7 +186,7 @@ def partition_counts(
         back = np.flatnonzero(np.diff(when) <= 0)
         if len(back):
             row = int(back[0]) + 1
-            where = f"document {row} (training order {when[row]:g}) stands behind one of {when[row - 1]:g}"
+            where = f"row {row} (training order {when[row]:g}) stands behind one of {when[row - 1]:g}"
             raise InputError(f"{where}: sort the documents by training order, and keep each once")
     pieces = [np.asarray(piece, dtype=np.int64) for piece in (*transcript, *texts)]
     lengths = np.array([len(piece) for piece in pieces])

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ __all__ = [
     "IsotonicCalibration",
     "IsotonicConfidence",
     "Recalibration",
+    "StepMap",
     "TemperatureScaling",
     "VectorScaling",
     "binary_log_probs",
@@ -228,6 +230,23 @@ class VectorScaling(Recalibration):
         return np.asarray(log_softmax(np.where(possible, self.weight_ * finite + self.bias_, -np.inf), axis=1))
 
 
+@dataclass(frozen=True, slots=True)
+class StepMap:
+    """A rising function, linear between its knots and constant beyond them, as isotonic regression gives it.
+
+    Args:
+        x: (S,) rising knots.
+        y: (S,) its values there, rising.
+    """
+
+    x: Floats
+    y: Floats
+
+    def predict(self, values: Floats) -> Floats:
+        """The values (M,) at (M,) places, as `sklearn.isotonic.IsotonicRegression` predicts them."""
+        return np.asarray(np.interp(values, self.x, self.y))
+
+
 class IsotonicCalibration(Recalibration):
     r"""One rising step function per class from its probability to its frequency; then rows are normalised.
 
@@ -239,7 +258,7 @@ class IsotonicCalibration(Recalibration):
         floor: least frequency that a class's function gives, before normalising.
 
     Attributes:
-        maps_: the K fitted `sklearn.isotonic.IsotonicRegression`.
+        maps_: the K fitted functions.
 
     Raises:
         InputError: for a floor outside [0, 1).
@@ -247,7 +266,7 @@ class IsotonicCalibration(Recalibration):
     Source: Zadrozny and Elkan 2002; with ``floor=0`` equal to scikit-learn's `CalibratedClassifierCV`.
     """
 
-    maps_: list[Any]
+    maps_: list[StepMap]
 
     def __init__(self, floor: float = 1e-6) -> None:
         if not 0 <= floor < 1:
@@ -276,12 +295,12 @@ class IsotonicConfidence:
     """A rising step function from confidence to accuracy, for confidences that are one number per row.
 
     Attributes:
-        map_: the fitted `sklearn.isotonic.IsotonicRegression`.
+        map_: the fitted function.
 
     Source: Zadrozny and Elkan 2002.
     """
 
-    map_: Any
+    map_: StepMap
 
     def fit(self, confidence: Tensor | ArrayLike, correct: Tensor | ArrayLike) -> Self:
         """Learn the map from held-out rows.
@@ -314,9 +333,10 @@ def _confidences(given: Tensor | ArrayLike) -> Floats:
     return checked_confidence(values, np.zeros(values.shape))[0].astype(np.float64)
 
 
-def _isotonic(probs: Floats, outcomes: NDArray[np.bool_]) -> Any:
+def _isotonic(probs: Floats, outcomes: NDArray[np.bool_]) -> StepMap:
     try:
         from sklearn.isotonic import IsotonicRegression  # type: ignore[import-untyped]
     except ImportError:
         raise InputError("isotonic regression needs scikit-learn: pip install 'loglik[stats]'") from None
-    return IsotonicRegression(y_min=0.0, y_max=1.0, out_of_bounds="clip").fit(probs, outcomes.astype(np.float64))
+    found = IsotonicRegression(y_min=0.0, y_max=1.0, out_of_bounds="clip").fit(probs, outcomes.astype(np.float64))
+    return StepMap(*(np.asarray(part, dtype=np.float64) for part in (found.X_thresholds_, found.y_thresholds_)))

@@ -1,25 +1,22 @@
-r"""Retrieval and reranking by likelihood: of the candidate, of the query, of both, and of answers over evidence.
+r"""Retrieval by likelihood: of the candidate, of the query, of both; causes of a query; and how well it goes.
 
 Candidates are ranked by :math:`\log p(c \mid q)` with their prior taken off, by :math:`\log p(q \mid c)`, or by both
-(arXiv 2507.23284); sentences by what they do for the likelihood of a query (arXiv 2403.03956); answers by products of
-probabilities in several directions over retrieved paragraphs (arXiv 2203.05115).
+(arXiv 2507.23284); sentences by what they do for the likelihood of a query (arXiv 2403.03956).
 """
 
 from __future__ import annotations
 
 import math
-import re
-import string
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from operator import add
 from typing import Literal
 
 import numpy as np
-import scipy.special
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from loglik.errors import InputError, RowError
@@ -28,18 +25,13 @@ from loglik.models.protocol import TextModel
 from loglik.scoring.score import score
 from loglik.scoring.windows import OverflowPolicy
 from loglik.signals.choice import Normalise, normalised_score
-from loglik.signals.thinksum import mixture_kind
 
 __all__ = [
-    "AnswerScores",
     "RetrievalMetrics",
+    "backtracing_distance",
     "backtracing_scores",
     "bidirectional_score",
-    "noisy_channel",
-    "normalise_answer",
     "query_likelihood",
-    "rag_marginal",
-    "retrieval_log_probs",
     "retrieval_metrics",
     "unigram_likelihood",
 ]
@@ -214,171 +206,154 @@ def unigram_likelihood(
     return LogLikelihood.from_per_unit(per_unit, torch.ones_like(per_unit, dtype=torch.bool))
 
 
-# -------------------------------------------------------------------------------------------------- answers on evidence
-def retrieval_log_probs(similarity: Tensor, *, temperature: float | None = None, floor: float = 1e-9) -> Tensor:
-    r"""Log-probabilities of n paragraphs from similarities: shares :math:`c_i / \sum_j c_j`, or a softmax of c / T.
-
-    Args:
-        similarity: (n,) such as TF-IDF cosines; not negative without a temperature.
-        temperature: T of the softmax; None: shares.
-        floor: added to each similarity before shares are taken, so that none has probability 0.
-
-    Raises:
-        InputError: for values that give no distribution, or options out of range.
-
-    Source: arXiv 2203.05115.
-    """
-    fits = similarity.dim() == 1 and len(similarity) > 0 and bool(torch.isfinite(similarity).all())
-    if not fits or (temperature is None and bool((similarity < 0).any())):
-        raise InputError("similarity must be a row of finite numbers, none negative unless there is a temperature")
-    if temperature is not None:
-        if not 0 < temperature < math.inf:
-            raise InputError(f"temperature must be positive and finite, got {temperature}")
-        return (similarity.double() / temperature).log_softmax(0)
-    if not 0 < floor < math.inf:
-        raise InputError(f"floor must be positive and finite, got {floor}")
-    raised = similarity.double() + floor
-    return (raised / raised.sum()).log()
-
-
-def noisy_channel(question: LogLikelihood, answer: LogLikelihood, evidence: LogLikelihood) -> LogLikelihood:
-    r"""Channel score of pairs of paragraph and answer.
-
-    .. math:: \log p(q \mid a, e) + \log p(a \mid e) - \log p(q \mid e)
-
-    By Bayes' rule this is :math:`\log p(a \mid q, e)` for a coherent joint; prompts of a language model are not one.
-
-    Args:
-        question: (N,) log p(q | a, e).
-        answer: (N,) log p(a | e).
-        evidence: (N,) log p(q | e), of the same question tokens as `question`.
-
-    Raises:
-        InputError: for rows that do not pair.
-        RowError: where the two likelihoods of the question count other tokens.
-
-    Source: arXiv 2203.05115.
-    """
-    if not len(question) == len(answer) == len(evidence):
-        raise InputError(f"a row per pair is needed: got {len(question)}, {len(answer)} and {len(evidence)}")
-    return normalised_score(question, prior=evidence) + replace(answer, per_unit=None, mask=None)
-
-
-def normalise_answer(text: str) -> str:
-    """Lower case, without punctuation, articles and extra blanks: what counts as the same answer."""
-    bare = "".join(" " if c in string.punctuation else c for c in text.lower())
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
-
-
-@dataclass(frozen=True, slots=True)
-class AnswerScores:
-    """Different answers with their log-probabilities (A,), best first."""
-
-    answers: tuple[str, ...]
-    log_prob: Measurement
-
-
-def rag_marginal(
-    direct: LogLikelihood,
-    retrieval: Tensor,
-    paragraph: Tensor,
-    answers: Sequence[str],
-    *,
-    normalise: Callable[[str], str] = normalise_answer,
-) -> AnswerScores:
-    r"""Probability of each answer over paragraphs, :math:`\log \sum_i p(e_i \mid q)\, p(a \mid q, e_i)`.
-
-    Probabilities of spellings that `normalise` makes equal are added; a spelling that was generated twice from one
-    paragraph counts once.
-
-    Args:
-        direct: (N,) log p(answer | question, paragraph).
-        retrieval: (n,) log-probabilities of the paragraphs (`retrieval_log_probs`).
-        paragraph: (N,) long, the paragraph each answer was scored with.
-        answers: (N,) texts.
-        normalise: what counts as the same answer.
-
-    Raises:
-        InputError: for rows that do not pair, or retrieval probabilities that do not sum to 1.
-        RowError: for a row of no paragraph, or a value that is no log-likelihood.
-
-    Source: arXiv 2203.05115.
-    """
-    if not len(direct) == len(paragraph) == len(answers) or not len(direct):
-        raise InputError(f"a row per answer is needed: got {len(direct)}, {len(paragraph)} and {len(answers)}")
-    if retrieval.dim() != 1 or not abs(float(retrieval.exp().sum()) - 1) < 1e-4:
-        raise InputError("retrieval must be log-probabilities of the paragraphs that sum to 1")
-    outside = ((paragraph < 0) | (paragraph >= len(retrieval))).nonzero().flatten()
-    if len(outside):
-        row = int(outside[0])
-        raise RowError(f"names paragraph {int(paragraph[row])} of {len(retrieval)}", row=f"row {row}")
-    if direct.non_finite_rows():
-        raise RowError("its log-likelihood is no number below infinity", row=f"row {direct.non_finite_rows()[0]}")
-    terms: dict[str, list[Tensor]] = {}
-    seen: set[Hashable] = set()
-    for row, (where, text) in enumerate(zip(paragraph.tolist(), answers, strict=True)):
-        if (where, text) not in seen:
-            seen.add((where, text))
-            terms.setdefault(normalise(text), []).append(direct.value[row] + retrieval[where])
-    totals = torch.stack([torch.stack(parts).logsumexp(0) for parts in terms.values()])
-    order = totals.argsort(descending=True, stable=True)
-    names = list(terms)
-    return AnswerScores(
-        tuple(names[i] for i in order.tolist()), Measurement(totals[order], mixture_kind(direct), "rag_marginal")
-    )
-
-
 # -------------------------------------------------------------------------------------------------------------- metrics
 @dataclass(frozen=True, slots=True)
 class RetrievalMetrics:
-    """How well targets were ranked, means over Q queries; `reciprocal_rank` (Q,) and `hits` by k (Q,) per query."""
+    """How well targets were ranked; equal scores stand in random order, and expectations are taken over it.
+
+    Args:
+        mrr: mean reciprocal rank of the first target of each query.
+        accuracy: by k, the share of queries with a target among the first k.
+        reciprocal_rank: (Q,) of the first target of each query.
+        hits: by k, (Q,) whether a target is among the first k.
+        rank: (Q,) place of the first target, from 1.
+        recall: by k, (Q,) share of the targets among the first k.
+        ndcg: by k, (Q,) discounted gain of the targets among the first k, over the best possible.
+    """
 
     mrr: float
     accuracy: dict[int, float]
     reciprocal_rank: Tensor
     hits: dict[int, Tensor]
+    rank: Tensor
+    recall: dict[int, Tensor]
+    ndcg: dict[int, Tensor]
+
+    def per_query(self) -> dict[str, Tensor]:
+        """All figures (Q,) by name, such as ``mrr`` and ``recall_at_3``; their means are those of the queries."""
+        found = {"mrr": self.reciprocal_rank}
+        for name, values in (("accuracy", self.hits), ("recall", self.recall), ("ndcg", self.ndcg)):
+            found |= {f"{name}_at_{k}": value for k, value in values.items()}
+        return found
 
 
 def retrieval_metrics(
     scores: Tensor | Sequence[Tensor], targets: Tensor | Sequence[Tensor], *, k: Sequence[int] = (1, 3)
 ) -> RetrievalMetrics:
-    r"""Mean reciprocal rank and top-k accuracy of the best-ranked target of each query.
+    r"""Mean reciprocal rank, top-k accuracy, recall and nDCG of the targets of each query.
+
+    .. math:: \mathrm{nDCG}@k = \frac{\sum_{\text{targets at places } r \le k} 1 / \log_2(1 + r)}
+              {\sum_{r = 1}^{\min(k, n)} 1 / \log_2(1 + r)}
 
     Equal scores stand in random order: with m others and n targets tied after g better candidates, the first target
-    comes at place g + j with probability :math:`\binom{m + n - j}{n - 1} / \binom{m + n}{n}`, and expectations are
-    taken. A scorer that says the same of everything gets what chance gets.
+    comes at place g + j with probability :math:`\binom{m + n - j}{n - 1} / \binom{m + n}{n}`, each target at one of
+    their m + n places, and expectations are taken. A scorer that says the same of everything gets what chance gets.
 
     Args:
         scores: for each of Q queries (C,) scores of its candidates, higher is better; minus infinity: not scored.
         targets: for each query (C,) bool, at least one True.
-        k: of the accuracies.
+        k: of accuracy, recall and nDCG; those of a query with fewer candidates than k count all of them.
 
     Raises:
         InputError: for no queries, rows that do not pair, or a k below 1.
         RowError: for a query without a target, or scores that are NaN or infinite.
 
-    Source: arXiv 2403.03956.
+    Source: arXiv 2403.03956 (accuracy); nDCG is that of scikit-learn's `ndcg_score`.
     """
-    if len(scores) != len(targets) or not len(scores):
-        raise InputError(f"scores and targets must pair by query: got {len(scores)} and {len(targets)}")
-    if not k or any(isinstance(n, bool) or n < 1 for n in k):
-        raise InputError(f"k must be at least 1, got {list(k)}")
-    reciprocal: list[float] = []
+    reciprocal, rank = [], []
     hits: dict[int, list[float]] = {n: [] for n in k}
-    for number, (row, right) in enumerate(zip(scores, targets, strict=True)):
-        if row.dim() != 1 or right.shape != row.shape or right.dtype != torch.bool or not bool(right.any()):
-            raise RowError("needs scores (C,) and bool targets (C,), one of them True", row=f"query {number}")
-        if bool((torch.isnan(row) | torch.isposinf(row)).any()):
-            raise RowError("has a score that is NaN or infinite", row=f"query {number}")
+    recall: dict[int, list[float]] = {n: [] for n in k}
+    ndcg: dict[int, list[float]] = {n: [] for n in k}
+    for row, right in _ranked(scores, targets, k):
         best = row[right].max()
         above, tied = int((row > best).sum()), row == best
         good = int((tied & right).sum())
         others = int(tied.sum()) - good
         places = np.arange(1, others + 2)
-        chances = scipy.special.comb(others + good - places, good - 1) / scipy.special.comb(others + good, good)
+        # ratios of neighbouring binomials: the binomials themselves overflow where a thousand scores are equal
+        steps = (others - places[:-1] + 1) / (others + good - places[:-1])
+        chances = good / (others + good) * np.concatenate([[1.0], steps.cumprod()])
         reciprocal.append(float(chances @ (1 / (above + places))))
-        for n in k:
-            hits[n].append(float(chances[above + places <= n].sum()))
-    per_query = {n: torch.tensor(values, dtype=torch.float64) for n, values in hits.items()}
+        rank.append(float(chances @ (above + places)))
+        before, size = _places(row[right], row)
+        discounts = np.concatenate([[0.0], (1 / np.log2(np.arange(2, len(row) + 2))).cumsum()])
+        for n, hit in hits.items():
+            cut = min(n, len(row))
+            hit.append(1.0 if above + places[-1] <= n else float(chances[above + places <= n].sum()))
+            inside = (np.minimum(before + size, cut) - before).clip(min=0) / size
+            recall[n].append(float(inside.mean()))
+            gained = discounts[np.minimum(before + size, cut)] - discounts[np.minimum(before, cut)]
+            ndcg[n].append(float((gained / size).sum() / discounts[min(cut, len(before))]))
+    found = [{n: torch.tensor(v, dtype=torch.float64) for n, v in part.items()} for part in (hits, recall, ndcg)]
     ranks = torch.tensor(reciprocal, dtype=torch.float64)
-    return RetrievalMetrics(float(ranks.mean()), {n: float(v.mean()) for n, v in per_query.items()}, ranks, per_query)
+    return RetrievalMetrics(
+        float(ranks.mean()),
+        {n: float(v.mean()) for n, v in found[0].items()},
+        ranks,
+        found[0],
+        torch.tensor(rank, dtype=torch.float64),
+        found[1],
+        found[2],
+    )
+
+
+def backtracing_distance(
+    scores: Tensor | Sequence[Tensor], targets: Tensor | Sequence[Tensor], *, k: Sequence[int] = (1, 3)
+) -> dict[int, Tensor]:
+    r"""How far the k best segments of a document miss: :math:`\min_{t \in \text{top } k} \min_{g \in G} |t - g|`.
+
+    Equal scores stand in random order, and the expectation is taken.
+
+    Args:
+        scores: for each of Q queries (T,) scores of the segments in order, higher is better.
+        targets: for each query (T,) bool, the segments that caused it, at least one.
+        k: how many of the best segments may come close.
+
+    Returns:
+        By k, (Q,) distances in segments; 0 where a target is found.
+
+    Raises:
+        InputError: as `retrieval_metrics`.
+        RowError: likewise.
+
+    Source: arXiv 2403.03956.
+    """
+    found: dict[int, list[float]] = {n: [] for n in k}
+    for row, right in _ranked(scores, targets, k):
+        where, causes = np.arange(len(row)), np.flatnonzero(right.numpy())
+        distance = np.abs(where[:, None] - causes).min(1)
+        values = row.numpy()
+        for n, into in found.items():
+            last = np.sort(values)[::-1][min(n, len(values)) - 1]
+            certain = distance[values > last]
+            limit = float(certain.min()) if len(certain) else np.inf
+            tied = np.sort(distance[values == last])
+            drawn = min(n, len(values)) - len(certain)  # so many of the equal ones come in; the nearest counts
+            places = np.arange(1, len(tied) - drawn + 1)
+            steps = (len(tied) - places - drawn + 1) / (len(tied) - places)
+            chances = drawn / len(tied) * np.concatenate([[1.0], steps.cumprod()])
+            into.append(float(chances @ np.minimum(tied[: len(chances)], limit)))
+    return {n: torch.tensor(v, dtype=torch.float64) for n, v in found.items()}
+
+
+def _ranked(
+    scores: Tensor | Sequence[Tensor], targets: Tensor | Sequence[Tensor], k: Sequence[int]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Scores and targets of each query, checked."""
+    if len(scores) != len(targets) or not len(scores):
+        raise InputError(f"scores and targets must pair by query: got {len(scores)} and {len(targets)}")
+    if not k or any(isinstance(n, bool) or n < 1 for n in k):
+        raise InputError(f"k must be at least 1, got {list(k)}")
+    for number, (row, right) in enumerate(zip(scores, targets, strict=True)):
+        if row.dim() != 1 or right.shape != row.shape or right.dtype != torch.bool or not bool(right.any()):
+            raise RowError("needs scores (C,) and bool targets (C,), one of them True", row=f"query {number}")
+        if bool((torch.isnan(row) | torch.isposinf(row)).any()):
+            raise RowError("has a score that is NaN or infinite", row=f"query {number}")
+        yield row.detach().double().cpu(), right.cpu()
+
+
+def _places(chosen: Tensor, every: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """How many of `every` stand before each of `chosen`, and how many share its score."""
+    ordered = np.sort(-every.numpy())
+    first, last = (np.searchsorted(ordered, -chosen.numpy(), side=side) for side in ("left", "right"))
+    return first, last - first

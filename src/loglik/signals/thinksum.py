@@ -8,6 +8,7 @@ columns. A mixture asks whether some column explains the answer, a product or mi
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -32,6 +33,8 @@ __all__ = [
     "Constraint",
     "OrderPosterior",
     "aggregate",
+    "choose_by_column",
+    "fill_templates",
     "fit_weights",
     "mixture_kind",
     "order_posterior",
@@ -69,6 +72,68 @@ def score_matrix(
     if isinstance(rows, str) or isinstance(columns, str) or not len(rows) or not len(columns):
         raise InputError("rows and columns must be lists of at least one text each")
     return score(model, [pair(row, column) for row in rows for column in columns])
+
+
+def fill_templates(prompt: str, completion: str) -> Callable[[str], Callable[[str, str], tuple[str, str]]]:
+    """The `pair` of `score_matrix` from two texts with ``{think}``, ``{candidate}`` and ``{question}``.
+
+    Args:
+        prompt: what stands before the scored text.
+        completion: what is scored; one of the two names ``{candidate}``, one ``{think}``.
+
+    Returns:
+        From a question the function of a candidate (row) and a thought (column).
+
+    Raises:
+        InputError: for a text that names anything else, or two that leave the candidate or the thought out.
+
+    Example:
+        >>> fill_templates("{question} {think} is", " {candidate}")("In the sentence, a wug")("a bird", "a sparrow")
+        ('In the sentence, a wug a sparrow is', ' a bird')
+    """
+    named: set[str] = set()
+    for text in (prompt, completion):
+        try:
+            named |= {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+        except ValueError:
+            raise InputError(f"{text!r} has a brace that is not closed: double it if it is meant as it is") from None
+    if not {"think", "candidate"} <= named <= {"think", "candidate", "question"}:
+        raise InputError(
+            "the prompt and the completion must name {think} and {candidate}, and may name {question}: got "
+            f"{prompt!r} and {completion!r}"
+        )
+
+    def for_question(question: str) -> Callable[[str, str], tuple[str, str]]:
+        def pair(candidate: str, think: str) -> tuple[str, str]:
+            names = {"think": think, "candidate": candidate, "question": question}
+            return prompt.format(**names), completion.format(**names)
+
+        return pair
+
+    return for_question
+
+
+def choose_by_column(
+    likelihood: LogLikelihood, columns: int, *, per_unit: bool = False, odd: bool = False
+) -> list[int]:
+    """The row that each column alone chooses: what summing has to be better than.
+
+    Args:
+        likelihood: (A W,), the columns of a row together.
+        columns: W.
+        per_unit: as in `aggregate`.
+        odd: the least likely row instead of the likeliest.
+
+    Raises:
+        InputError: for a shape that does not fit.
+        RowError: as `aggregate`.
+
+    Source: arXiv 2210.01293.
+    """
+    if isinstance(columns, bool) or columns < 1 or len(likelihood) % columns or not len(likelihood):
+        raise InputError(f"{len(likelihood)} log-likelihoods are no table of {columns} columns")
+    found = [aggregate(likelihood[w::columns], 1, normalise=False, per_unit=per_unit) for w in range(columns)]
+    return [one.odd if odd else one.best for one in found]
 
 
 @dataclass(frozen=True, slots=True)

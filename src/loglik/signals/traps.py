@@ -20,10 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loglik.errors import InputError, RowError
+from loglik.errors import InputError
 from loglik.models.batch import TokenBatch
-from loglik.models.encode import TextEncoder
-from loglik.models.protocol import ChainRule, TextModel, require
+from loglik.models.protocol import ChainRule, require
 from loglik.models.sampling import bos_prompt
 from loglik.signals.detection import DetectorReport, auroc, detector_report
 
@@ -36,7 +35,6 @@ __all__ = [
     "inject_tokens",
     "jaccard",
     "repetition_curve",
-    "text_rows",
     "trap_test",
 ]
 
@@ -113,6 +111,8 @@ def generate_traps(
     counts = {"length": length, "per_bucket": per_bucket, "batch_size": batch_size, "max_draws": max_draws}
     _check_options(counts, edges, temperatures, max_similarity)
     tokenizer = getattr(model, "tokenizer", None)
+    if prompt is None and getattr(tokenizer, "bos_token_id", None) is None:
+        raise InputError("traps are drawn after BOS, and the model's tokenizer has none: give a prompt")
     prompt = bos_prompt(tokenizer) if prompt is None else prompt
     if len(prompt) != 1:
         raise InputError(f"traps are drawn after one prompt, got {len(prompt)} rows")
@@ -238,40 +238,6 @@ def inject_tokens(
         out += trap
         done = place
     return [*out, *document[done:]], starts
-
-
-def text_rows(model: TextModel, texts: Sequence[str], contexts: Sequence[str] | None = None) -> TokenBatch:
-    """Texts as rows of tokens, of which the text's own are scored, not those of the context before it.
-
-    Where nothing stands before a text, BOS does (if there is one). With its true context a trap is tokenised as it
-    stands in the document.
-
-    Args:
-        model: a text model.
-        texts: N texts.
-        contexts: N texts that stand before them; none by default.
-
-    Raises:
-        InputError: for no texts, one string instead of several, unequal numbers, or a model without a tokenizer.
-        RowError: for a text that is empty, not Unicode, or longer than the model's context.
-    """
-    if isinstance(texts, str) or not len(texts):
-        raise InputError("texts must be a sequence of one or more texts; give [text] for one")
-    before = [""] * len(texts) if contexts is None else list(contexts)
-    if len(before) != len(texts):
-        raise InputError(f"{len(texts)} texts need as many contexts, got {len(before)}")
-    encoder = TextEncoder(model.tokenizer, layout=model.layout)
-    ids, starts, scored = [], [], []
-    for number, row in enumerate(encoder.encode_all(list(zip(before, texts, strict=True)))):
-        if isinstance(row, RowError):
-            raise row.at(f"row {number}")
-        if model.max_length is not None and row.length > model.max_length:
-            reason = f"has {row.length} tokens and the model's context is {model.max_length}: cut it into pieces"
-            raise RowError(reason, row=f"row {number}")
-        ids.append([*row.prefix, *row.content, *row.suffix])
-        starts.append(len(row.prefix) + row.start)
-        scored.append(len(row.prefix) + row.scored_from)
-    return TokenBatch.from_lists(ids, starts=starts, scored_from=scored)
 
 
 @dataclass(frozen=True, slots=True)
