@@ -26,6 +26,7 @@ import tyro
 import loglik
 from loglik.cli import Command, main
 from loglik.cli.audit import Audit, Audits
+from loglik.cli.audits.common import ModelOptions, Outputs, RowAudit
 from loglik.cli.demo import Demo
 from loglik.cli.papers import Papers
 from loglik.cli.reproduce import Reproduce
@@ -53,6 +54,7 @@ AUDITS = {typing.get_args(part)[1].name: typing.get_args(part)[0] for part in ty
 OPTIONS = {name: kind for name, kind in COMMANDS.items() if name != "audit"} | {
     f"audit {name}": kind for name, kind in AUDITS.items()
 }
+SHARED_OPTIONS = {"Options of every audit of rows": RowAudit, "Options of every audit with a model": ModelOptions}
 
 FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^(?P=indent)```[ ]*$", re.MULTILINE | re.DOTALL
@@ -111,8 +113,7 @@ def commands(text: str) -> list[list[str]]:
 
 def section(text: str, title: str) -> str:
     """The text under the heading `title`, up to the next one of its level."""
-    level = "###" if title.startswith("loglik audit ") else "##"
-    parts = re.split(rf"^{level} (.+)$", text, flags=re.MULTILINE)
+    parts = re.split(r"^## (.+)$", text, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))[title]
 
 
@@ -209,6 +210,22 @@ def choices(hint: Any) -> list[str]:
     return []
 
 
+def option_rows(command: str) -> list[list[str]]:
+    """Rows of the tables of a command's options: those that audits share stand in tables of their own."""
+    if not command.startswith("audit "):
+        return table(section((DOCS / "cli.md").read_text(encoding="utf-8"), f"loglik {command}"))[1:]
+    text = (DOCS / "audits.md").read_text(encoding="utf-8")
+    rows = table(section(text, f"loglik {command}"))[1:]
+    for title, base in SHARED_OPTIONS.items():
+        if issubclass(OPTIONS[command], base):
+            rows += table(section(text, title))[1:]
+    if not issubclass(OPTIONS[command], RowAudit) and issubclass(OPTIONS[command], Outputs):
+        names = {f"--{field.name}" for field in dataclasses.fields(Outputs)}
+        shared = table(section(text, next(iter(SHARED_OPTIONS))))[1:]
+        rows += [row for row in shared if code_words(row[0])[0] in names]
+    return rows
+
+
 def test_every_command_has_a_section(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
@@ -219,14 +236,16 @@ def test_every_command_has_a_section(capsys):
 
 
 def test_every_audit_has_a_section():
-    titles = re.findall(r"^### loglik audit (\S+)$", (DOCS / "cli.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert titles == list(AUDITS)
+    text = (DOCS / "audits.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## loglik audit (\S+)$", text, re.MULTILINE) == list(AUDITS)
+    offered = [row[1] for row in table(text)[1:]]
+    assert re.findall(r"\(#loglik-audit-([\w-]+)\)", " ".join(offered)) == list(AUDITS)
 
 
 @pytest.mark.parametrize("command", OPTIONS)
 def test_options_of_a_command(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    rows = table(section((DOCS / "cli.md").read_text(encoding="utf-8"), f"loglik {command}"))[1:]
+    rows = option_rows(command)
     names = [code_words(row[0]) for row in rows]
     assert {name for group in names for name in group if name.startswith("-")} == help_options(command, capsys)
     hints = typing.get_type_hints(OPTIONS[command], include_extras=True)
@@ -234,14 +253,14 @@ def test_options_of_a_command(command, capsys, monkeypatch):
         group[0].removeprefix("--").replace("-", "_").lower(): row for group, row in zip(names, rows, strict=True)
     }
     fields = dataclasses.fields(OPTIONS[command])
-    assert list(by_name) == [field.name for field in fields]
+    assert len(rows) == len(by_name)
+    assert set(by_name) == {field.name for field in fields}
     for field in fields:
         _, values, default, meaning = by_name[field.name]
         assert code_words(values) == choices(hints[field.name])
-        unset = field.default in (None, False)
-        assert default == (
-            "required" if field.default is dataclasses.MISSING else "" if unset else f"`{field.default}`"
-        )
+        unset = field.default in (None, False, "")
+        stated = str(field.default).replace("\n", "\\n").strip()
+        assert default == ("required" if field.default is dataclasses.MISSING else "" if unset else f"`{stated}`")
         assert meaning
 
 

@@ -14,7 +14,10 @@ from loglik.cli import main
 from loglik.signals.calibration import brier_score, expected_calibration_error
 from loglik.signals.detection import auroc
 from loglik.signals.membership import membership_scores
-from loglik.signals.metacognition import risk_coverage_curve
+from loglik.signals.metacognition import calibration_report, risk_coverage_curve
+from loglik.signals.ood import likelihood_regret, ood_threshold, typicality
+from loglik.signals.provenance import partition_counts, partition_test, reshuffle_test
+from loglik.signals.texts import text_rows, text_tokens
 
 TEXTS = [
     "import os\nimport sys\n",
@@ -63,8 +66,12 @@ def test_calibration_gives_the_functions_numbers(tmp_path, capsys):
         [{"confidence": float(c), "correct": bool(y)} for c, y in zip(confidence, correct, strict=True)],
     )
     (out, summary, page), options = outputs(tmp_path)
-    run("calibration", source, *options, "--bins", 10)
+    run("calibration", source, *options, "--bins", 10, "--bootstrap", 50)
     told = json.loads(summary.read_text())
+    report = calibration_report(confidence, correct, bins=10, bootstrap=50).record()
+    assert {"ece_low", "ece_high", "brier_low", "aurc_high", "accuracy_low", "wrong_at_0.9_high"} <= {*told}
+    for name in {*told} & {*report} - {"wrong_at_0.9"}:
+        assert told[name] == pytest.approx(report[name])
     assert told["ece"] == pytest.approx(expected_calibration_error(confidence, correct, bins=10))
     assert told["brier"] == pytest.approx(brier_score(confidence, correct))
     assert told["aurc"] == pytest.approx(risk_coverage_curve(confidence, correct).aurc)
@@ -116,7 +123,7 @@ def test_membership_gives_the_functions_numbers(tmp_path, tiny):
     assert {*alone} == {"loss", "min_k", "min_k_plus_plus"}
     for name in ("loss", "zlib", "min_k", "min_k_plus_plus"):
         assert told[name]["auroc"] == pytest.approx(auroc([row[name] for row in rows], members))
-    assert page.read_text().count("<svg") == 2
+    assert page.read_text().count("<svg") == 3  # ROC, AUROC, the best score
 
 
 def test_ood_compares_with_the_base(tmp_path, tiny):
@@ -147,6 +154,87 @@ def test_provenance_finds_an_order_that_the_likelihoods_have(tmp_path, tiny):
     told = json.loads(summary.read_text())
     assert told["rank_correlation"] == pytest.approx(1.0)
     assert told["p_value"] == pytest.approx(1 / math.factorial(6))
+    assert "<svg" in page.read_text()
+
+
+def test_more_scores_on_demand(tmp_path, tiny):
+    """Lower case, typicality with a threshold, and regret are those of the functions."""
+    members = [True, True, False, True, False, True]
+    source = write(
+        tmp_path / "in.jsonl", [{"text": t, "member": m, "ood": m} for t, m in zip(TEXTS, members, strict=True)]
+    )
+    (out, summary, page), options = outputs(tmp_path)
+    run("membership", source, "-m", "tiny", "--device", "cpu", "--lowercase", "--k", 0.5, *options)
+    rows = text_rows(tiny, TEXTS)
+    wanted = membership_scores(tiny, rows, texts=TEXTS, lowered=text_rows(tiny, [t.lower() for t in TEXTS]), k=0.5)
+    for name, score in wanted.items():
+        assert [row[name] for row in read(out)] == pytest.approx(score.value.tolist(), abs=1e-4)
+    inside = [f"value_{i} = {i}\n" for i in range(19)]
+    held = write(tmp_path / "held.jsonl", [{"text": text} for text in inside])
+    more = ["--base", "tiny", "--held-out", held, "--regret-steps", 1, "--bootstrap", 50, "--normalise", "token"]
+    run("ood", source, "-m", "tiny", "--device", "cpu", *more, *options)
+    told, found = json.loads(summary.read_text()), read(out)
+    usual = tiny.log_prob(text_rows(tiny, inside))
+    own = tiny.log_prob(rows)
+    assert [row["typicality"] for row in found] == pytest.approx(typicality(own, usual).value.tolist(), abs=1e-4)
+    regret = likelihood_regret(tiny, rows, steps=1, normalise="token").value
+    assert [row["likelihood_regret"] for row in found] == pytest.approx(regret.tolist(), abs=1e-4)
+    assert [row["likelihood_ratio"] for row in found] == pytest.approx([0.0] * 6, abs=1e-4)
+    limit = ood_threshold(typicality(usual, usual).value, rate=0.05)
+    assert told["threshold_typicality"] == pytest.approx(limit, abs=1e-4)
+    assert [row["typicality_is_out"] for row in found] == [
+        row["typicality"] > told["threshold_typicality"] for row in found
+    ]
+    for name in ("likelihood", "perplexity", "typicality", "likelihood_regret"):
+        area = auroc([row[name] for row in found], members)
+        assert told[name]["auroc"] == pytest.approx(area)
+        assert told[name]["auroc_low"] <= area <= told[name]["auroc_high"]
+        assert {"auprc", "fpr_at_0.95"} <= {*told[name]}
+    assert page.read_text().count("<svg") == 3
+
+
+def test_provenance_of_a_text_by_its_n_grams(tmp_path, tiny):
+    """The text is made of the late half of the transcript."""
+    letters = "abcdefghijklmnop"
+    transcript = [f"{a} = {b} + {i}" for i, (a, b) in enumerate(zip(letters, reversed(letters), strict=True))]
+    source = write(tmp_path / "in.jsonl", [{"text": t, "order": 10 * i} for i, t in enumerate(transcript)])
+    suspect = write(tmp_path / "text.jsonl", [{"text": t} for t in transcript[10:]])
+    (out, summary, page), options = outputs(tmp_path)
+    setting = ["--setting", "partition", "--texts", suspect, "--buckets", 8, "--max-n", 5, "--permutations", 199]
+    run("provenance", source, "-m", "tiny", "--device", "cpu", *setting, *options)
+    told = json.loads(summary.read_text())
+    documents, texts = text_tokens(tiny, transcript), text_tokens(tiny, transcript[10:])
+    counts = partition_counts(documents, texts, max_n=5)
+    found = partition_test(counts, buckets=8, permutations=199)
+    assert [row["n_grams"] for row in read(out)] == counts.tolist()
+    assert (told["rank_correlation"], told["p_value"]) == (found.statistic, found.p_value)
+    assert told["p_value"] < 0.05
+    assert (told["buckets"], told["tokens"]) == (8, sum(map(len, texts)))
+    assert "<svg" in page.read_text()
+
+
+def test_provenance_of_a_text_by_retraining(tmp_path, tiny):
+    other = loglik.load("tiny", device="cpu")
+    generator, runs = torch.Generator().manual_seed(0), []
+    for number in range(3):
+        with torch.no_grad():
+            for parameter in other.model.parameters():
+                parameter.add_(0.005 * torch.randn(parameter.shape, generator=generator))
+        runs.append(tmp_path / f"run{number}")
+        other.model.save_pretrained(runs[-1])
+        other.tokenizer.save_pretrained(runs[-1])
+    records = [{"text": t, "prompt": "import os\n"} for t in TEXTS[1:4]]
+    source = write(tmp_path / "in.jsonl", records)
+    (out, summary, page), options = outputs(tmp_path)
+    run("provenance", source, "-m", "tiny", "--device", "cpu", "--setting", "reshuffle", "--shuffled", *runs, *options)
+    pairs = [(record["prompt"], record["text"]) for record in records]
+    scored = [loglik.score(model, pairs) for model in (tiny, *(loglik.load(r, device="cpu") for r in runs))]
+    found = reshuffle_test(scored[0], scored[1:])
+    told = json.loads(summary.read_text())
+    assert told["p_value"] == found.p_value == 0.25  # tiny is the best of four
+    assert told["deviations_above_the_random_orders"] == pytest.approx(found.statistic, rel=1e-3)
+    assert told["p_student"] == pytest.approx(found.p_student, rel=1e-2)
+    assert [row["log_prob"] for row in read(out)] == pytest.approx(scored[0].value.tolist(), abs=1e-3)
     assert "<svg" in page.read_text()
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from loglik.cli.audits.common import RowAudit
+from loglik.cli.audits.common import RowAudit, rows_named
 
 __all__ = ["AuditCalibration"]
 
@@ -24,6 +24,10 @@ class AuditCalibration(RowAudit):
     """Of the calibration error and the reliability diagram."""
     scheme: Literal["width", "mass"] = "width"
     """Bins of equal width, or with equally many rows."""
+    bootstrap: int = 1000
+    """Resamples of rows behind the intervals; 0 leaves the intervals out."""
+    seed: int = 0
+    """Of the resamples."""
 
     def run(self) -> None:
         """Read, judge, write."""
@@ -33,14 +37,15 @@ class AuditCalibration(RowAudit):
             expected_calibration_error,
             reliability_diagram,
         )
-        from loglik.signals.metacognition import risk_coverage_curve, wrong_at_confidence
+        from loglik.signals.metacognition import calibration_report, risk_coverage_curve, wrong_at_confidence
         from loglik.signals.pages import AuditPage
         from loglik.signals.plots import plot_reliability, plot_risk_coverage
 
         audited = self.read()
         confidence = np.array(audited.numbers(self.confidence_field))
         correct = np.array(audited.flags(self.correct_field))
-        parts = brier_decomposition(confidence, correct, bins=self.bins, scheme=self.scheme)
+        with rows_named(audited.names):
+            parts = brier_decomposition(confidence, correct, bins=self.bins, scheme=self.scheme)
         curve = risk_coverage_curve(confidence, correct)
         summary: dict[str, Any] = {
             "rows": len(audited),
@@ -56,6 +61,12 @@ class AuditCalibration(RowAudit):
         }
         for at in wrong_at_confidence(confidence, correct):
             summary[f"wrong_at_{at.threshold:g}"] = at.rate
+        if self.bootstrap:
+            report = calibration_report(
+                confidence, correct, bins=self.bins, scheme=self.scheme, bootstrap=self.bootstrap, seed=self.seed
+            )
+            summary |= {name: value for name, value in report.record().items() if name.endswith(("_low", "_high"))}
+            summary |= {"level": report.level, "bootstrap": report.bootstrap}
         page = AuditPage("Calibration", f"{self.data}, {len(audited):,} rows")
         if self.report is not None:
             diagram = reliability_diagram(confidence, correct, bins=self.bins, scheme=self.scheme)
