@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loglik
-from loglik.models.load import _embedded
+from loglik.models.load import embedded_directory
 from loglik.models.stdlib_text import stdlib_documents
 
 PAIRS, REPEATS = 200, 3
@@ -62,7 +62,7 @@ def best(work: Callable[[], list[float]]) -> tuple[float, list[float]]:
 
 
 def run() -> dict[str, object]:
-    path = _embedded("tiny")
+    path = embedded_directory("tiny")
     work = pairs()
     ours = loglik.load("tiny", device="cpu")
     peer = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()

@@ -16,7 +16,7 @@ from loglik.models.load import load
 from loglik.models.stdlib_text import stdlib_documents
 from loglik.signals.detection import auroc, fpr_at_tpr
 from loglik.signals.ood import ood_scores
-from loglik.signals.traps import text_rows
+from loglik.signals.texts import text_rows
 from loglik.training import Example, TrainConfig, fit
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"

@@ -16,7 +16,8 @@ from loglik.errors import InputError
 from loglik.models.load import load
 from loglik.signals.detection import auroc
 from loglik.signals.membership import membership_scores
-from loglik.signals.traps import assign_repetitions, generate_traps, inject, text_rows
+from loglik.signals.texts import text_rows
+from loglik.signals.traps import assign_repetitions, generate_traps, inject
 from loglik.training import TokenBlocks, TrainConfig, fit
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "tinyshakespeare.txt"

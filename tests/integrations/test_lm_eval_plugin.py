@@ -30,11 +30,11 @@ from loglik.errors import InputError, RowError
 from loglik.integrations.lm_eval import LoglikLM
 from loglik.integrations.lm_eval_generation import StopStrings
 from loglik.models.causal import CausalLM
-from loglik.models.load import _embedded, load
+from loglik.models.load import embedded_directory, load
 from loglik.models.seq2seq import Seq2SeqLM
 
 TASKS = Path(__file__).resolve().parents[2] / "examples" / "lm_eval"
-TINY = _embedded("tiny")
+TINY = embedded_directory("tiny")
 METRICS = {
     "loglik_gsm8k_choice": {"acc,none", "acc_norm,none"},
     "loglik_gsm8k_generate": {"exact_match,first-number"},

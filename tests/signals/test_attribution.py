@@ -420,6 +420,7 @@ def test_subjects_are_found_in_tokens(make):
         ("hello world yes", "hello world"),
         ("yes, hello is", "hello"),
         ("The ñandú 漢字 there", "漢字"),
+        ("The 語 there is", "語"),  # a character of three tokens
         ("so it so is", "so"),
     ):
         found = subject_prompt(model, prompt, subject, " yes")

@@ -253,6 +253,12 @@ def test_aliases_add_up_and_beginnings_count_once(tiny):
     single = answer_likelihoods(Knows(0.3), GOOD, [" tin"] * 4)
     torch.testing.assert_close(longer.likelihood.value, single.likelihood.value)
     assert longer.greedy.equal(single.greedy)
+    begun, longer = (tiny.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("os.join", "os.join("))
+    assert longer[: len(begun)] == begun
+    nested = answer_likelihoods(tiny, ["import os\nos."], [["join(", "join"]])
+    torch.testing.assert_close(
+        nested.likelihood.value, answer_likelihoods(tiny, ["import os\nos."], ["join"]).likelihood.value
+    )
     prompts, names = ["import os\nos.path."] * 3, ["join", "exists", "isdir"]
     apart = answer_likelihoods(tiny, prompts, names)
     together = answer_likelihoods(tiny, prompts[:2], [names, "join"])

@@ -175,6 +175,31 @@ def test_transfer_works_along_the_same_axis_only():
     assert apart.generic.accuracy < 0.75
 
 
+def test_transfer_trains_on_questions_that_are_not_held_out():
+    """One split found again by hand, with questions in common; the numbers of questions need not be places."""
+    states, labels = generic_set(5, n=10, gap=1.0)
+    other, titles = generic_set(6, n=12, gap=1.0)
+    names, kinds, own = np.array(labels), np.array(titles), 100 + np.arange(20)
+    theirs = np.concatenate([own[:12], own[8:20]])
+    found = probe_transfer(states, labels, other, titles, own, theirs, splits=1, train=0.7, seed=2)
+    r = np.random.default_rng([2, 0])
+    drawn = [r.permutation(m)[:10] for m in (np.flatnonzero(names == c) for c in ("HK+", "factual"))]
+    held = np.sort(np.concatenate([d[7:] for d in drawn]))
+    free = ~np.isin(theirs, own[held])
+    assert free.sum() < 24
+    taken = np.concatenate([r.permutation(np.flatnonzero(free & (kinds == c)))[:7] for c in ("HK+", "factual")])
+
+    def unit(x):
+        return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+    machine = LinearSVC(C=1.0, max_iter=100_000, random_state=0).fit(unit(other)[taken], kinds[taken])
+    assert found.generic.per_split == (machine.score(unit(states)[held], names[held]),)
+    # Copies of the held-out rows alone: nothing is left to train on.
+    places = np.concatenate([held, held])
+    with pytest.raises(InputError, match=r"has 0 rows of HK\+ without held-out questions"):
+        probe_transfer(states, labels, states[places], names[places], own, own[places], splits=1, train=0.7, seed=2)
+
+
 def test_transfer_does_not_train_on_held_out_questions():
     """No signal; the generic set has a near-copy of each row. Under the same questions it must not be recognised."""
     r = np.random.default_rng(4)

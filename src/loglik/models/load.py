@@ -32,7 +32,7 @@ from loglik.models.protocol import TextModel
 from loglik.models.seq2seq import Seq2SeqLM
 from loglik.progress import quiet_transformers
 
-__all__ = ["DTYPES", "EMBEDDED", "Family", "load"]
+__all__ = ["DTYPES", "EMBEDDED", "Family", "embedded_directory", "load", "load_tokenizer"]
 
 Family = Literal["causal", "seq2seq", "masked", "diffusion"]
 EMBEDDED = ("tiny", "tiny-diffusion")
@@ -88,7 +88,7 @@ def load(
             architecture without a language-model head.
     """
     chosen_dtype = _dtype(dtype)
-    where = Path(str(name_or_dir)) if str(name_or_dir) not in EMBEDDED else _embedded(str(name_or_dir))
+    where = Path(str(name_or_dir)) if str(name_or_dir) not in EMBEDDED else embedded_directory(str(name_or_dir))
     is_local = where.is_dir()
     if where.is_file():
         raise InputError(f"model {str(name_or_dir)!r} is a file; give the directory that holds it")
@@ -119,7 +119,7 @@ def load(
         model = _weights(kind, source, config, chosen_dtype, is_local=is_local, revision=revision)
     target = torch.device(device) if device is not None else _default_device()
     model = model.to(target).eval()
-    tokenizer = _tokenizer(source, is_local=is_local, revision=revision)
+    tokenizer = load_tokenizer(source, is_local=is_local, revision=revision)
     if kind == "causal":
         return CausalLM(model, tokenizer)
     if kind == "seq2seq":
@@ -168,7 +168,12 @@ def _default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _embedded(name: str) -> Path:
+def embedded_directory(name: str) -> Path:
+    """Where an embedded model lies.
+
+    Raises:
+        InputError: if its weights are missing.
+    """
     path = Path(str(resources.files("loglik") / "models" / "embedded" / name))
     if not (path / "model.safetensors").is_file():
         raise InputError(f"the embedded model {name!r} is missing from this installation; reinstall loglik")
@@ -245,7 +250,12 @@ def _weights(
     return model
 
 
-def _tokenizer(source: str, *, is_local: bool, revision: str | None) -> Any:
+def load_tokenizer(source: str, *, is_local: bool, revision: str | None) -> Any:
+    """The tokenizer of a directory or a hub name; None for a directory without one.
+
+    Raises:
+        InputError: for one that cannot be loaded.
+    """
     files = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
     if is_local and not any((Path(source) / name).is_file() for name in files):
         return None

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
-__all__ = ["DEFAULT_FOLLOW_UPS", "FollowUps"]
+from loglik.errors import InputError
+
+__all__ = ["DEFAULT_FOLLOW_UPS", "FollowUps", "read_follow_ups"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,3 +110,47 @@ DEFAULT_FOLLOW_UPS: Mapping[str, FollowUps] = MappingProxyType(
         ),
     }
 )
+
+
+def read_follow_ups(path: str | Path) -> dict[str, FollowUps]:
+    """Follow-ups of a JSON file, by category.
+
+    The file is an object with ``positive`` and ``negative``, each a list of texts, or an object of such objects by
+    category. One of the two lists may be left out, in all categories or in none.
+
+    Raises:
+        InputError: for a file that cannot be read or holds anything else, naming the category and the side.
+
+    Source: arXiv 2409.13948 (categories).
+    """
+    try:
+        given = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError(f"{path} cannot be read as JSON: check the path and the file") from None
+    if isinstance(given, dict) and given and set(given) <= {"positive", "negative"}:
+        given = {"all": given}
+    if not isinstance(given, dict) or not given:
+        raise InputError(f"{path} must be an object with positive and negative, or such objects by category")
+    found = {str(name): _category(each, f"{name!r} of {path}") for name, each in given.items()}
+    for side in ("positive", "negative"):
+        having = [name for name, each in found.items() if getattr(each, side)]
+        if having and len(having) < len(found):
+            lacking = next(name for name in found if name not in having)
+            raise InputError(f"{lacking!r} of {path} has no {side} follow-ups, and other categories have some")
+    return found
+
+
+def _category(given: Any, where: str) -> FollowUps:
+    if not isinstance(given, dict) or not given or not set(given) <= {"positive", "negative"}:
+        raise InputError(f"{where} must be an object with positive and negative, each a list of texts")
+    sides = {}
+    for side in ("positive", "negative"):
+        texts = given.get(side, [])
+        if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise InputError(f"{where}: {side} must be a list of texts that are not empty")
+        if len(set(texts)) < len(texts):
+            raise InputError(f"{where}: {side} has the same text twice: leave one out")
+        sides[side] = tuple(texts)
+    if not sides["positive"] and not sides["negative"]:
+        raise InputError(f"{where} has no follow-ups: give positive or negative ones")
+    return FollowUps(**sides)

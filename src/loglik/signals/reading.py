@@ -17,6 +17,7 @@ from loglik.scoring.windows import OverflowPolicy
 from loglik.signals.drawing import as_text, greedy_completions, prompt_tokens
 from loglik.signals.evidence import retrieval_log_probs
 from loglik.signals.evidence_choice import EvidenceTable
+from loglik.signals.texts import require_text_lists
 
 __all__ = ["EvidencePrompts", "decode_answers", "score_evidence"]
 
@@ -95,8 +96,8 @@ def score_evidence(
 
     Source: arXiv 2203.05115.
     """
-    _require_lists(questions, passages, "passage")
-    _require_lists(questions, answers, "answer")
+    require_text_lists(questions, passages, head="question", item="passage")
+    require_text_lists(questions, answers, head="question", item="answer")
     shown = prompts or EvidencePrompts()
     retrieval = []
     for number, texts in enumerate(passages):
@@ -162,7 +163,7 @@ def decode_answers(
 
     Source: arXiv 2203.05115.
     """
-    _require_lists(questions, passages, "passage")
+    require_text_lists(questions, passages, head="question", item="passage")
     if max_tokens < 1:
         raise InputError(f"max_tokens must be at least 1, got {max_tokens}")
     chain = require(model, ChainRule, "decoding answers")  # type: ignore[type-abstract]
@@ -184,18 +185,3 @@ def decode_answers(
             raise RowError("the model answers with nothing: give candidate answers", row=f"question {number}")
         found.append(answers)
     return found
-
-
-def _require_lists(questions: Sequence[str], lists: Sequence[Sequence[str]], what: str) -> None:
-    if isinstance(questions, str) or len(questions) != len(lists) or not len(questions):
-        raise InputError(f"questions and lists of {what}s must pair: got {len(questions)} and {len(lists)}")
-    for number, (question, texts) in enumerate(zip(questions, lists, strict=True)):
-        if not isinstance(question, str) or not question.strip():
-            raise RowError("is empty: there is nothing to answer", row=f"question {number}")
-        if isinstance(texts, str) or not len(texts):
-            raise RowError(f"has no {what}s: give a list of at least one text", row=f"question {number}")
-        for place, text in enumerate(texts):
-            if not isinstance(text, str) or not text.strip():
-                raise RowError(
-                    f"{what} {place} must be a text that is not empty, got {text!r}", row=f"question {number}"
-                )

@@ -30,6 +30,7 @@ from loglik.signals.retrieval import (
     query_likelihood,
     unigram_likelihood,
 )
+from loglik.signals.texts import require_text_lists
 
 __all__ = [
     "PairScores",
@@ -124,7 +125,7 @@ def score_pairs(
 
     Source: arXiv 2507.23284.
     """
-    _require_texts(queries, candidates, "candidate")
+    require_text_lists(queries, candidates, head="query", item="candidate")
     flat = [(q, text) for q, texts in zip(queries, candidates, strict=True) for text in texts]
     alone = separator + candidate_label if premise is None else premise
     counts = tuple(len(texts) for texts in candidates)
@@ -177,7 +178,7 @@ def score_segments(
 
     Source: arXiv 2403.03956.
     """
-    _require_texts(queries, documents, "segment")
+    require_text_lists(queries, documents, head="query", item="segment")
     found: dict[str, list[LogLikelihood]] = {"single": [], "autoregressive": [], "leave_one_out": []}
     for number, (query, segments) in enumerate(zip(queries, documents, strict=True)):
         ask = partial(query_likelihood, model, query, separator=separator + query_label, overflow=overflow)
@@ -220,7 +221,7 @@ def word_likelihood(
 
     Source: arXiv 2403.03956 ranks with such models as baselines.
     """
-    _require_texts(queries, candidates, "candidate")
+    require_text_lists(queries, candidates, head="query", item="candidate")
     collection = Counter(
         word for text in dict.fromkeys(t for texts in candidates for t in texts) for word in word_tokens(text)
     )
@@ -291,21 +292,6 @@ def compare_rankers(
                 gain = means.difference[place].item()
                 found[name] |= {f"{figure}_gain": gain, f"{figure}_gain_low": low, f"{figure}_gain_high": high}
     return found
-
-
-def _require_texts(queries: Sequence[str], candidates: Sequence[Sequence[str]], what: str) -> None:
-    if isinstance(queries, str) or isinstance(candidates, str) or len(queries) != len(candidates) or not len(queries):
-        raise InputError(
-            f"queries and lists of {what}s must pair, and there must be one: got {len(queries)} and {len(candidates)}"
-        )
-    for number, (query, texts) in enumerate(zip(queries, candidates, strict=True)):
-        if not isinstance(query, str) or not query.strip():
-            raise RowError("is empty: there is nothing to score", row=f"query {number}")
-        if isinstance(texts, str) or not len(texts):
-            raise RowError(f"has no {what}s: give a list of at least one text", row=f"query {number}")
-        for place, text in enumerate(texts):
-            if not isinstance(text, str) or not text.strip():
-                raise RowError(f"{what} {place} must be a text that is not empty, got {text!r}", row=f"query {number}")
 
 
 def _place(row: str | None, counts: Sequence[int], what: str) -> str:

@@ -18,6 +18,7 @@ from loglik.models.trunk import evaluating
 __all__ = [
     "inference_log_prob",
     "require_same_tokens",
+    "require_text_lists",
     "text_batches",
     "text_log_probs",
     "text_rows",
@@ -185,3 +186,30 @@ def _batch(rows: Sequence[EncodedText]) -> TokenBatch:
         starts=[len(row.prefix) + row.start for row in rows],
         scored_from=[len(row.prefix) + row.scored_from for row in rows],
     )
+
+
+def require_text_lists(heads: Sequence[str], lists: Sequence[Sequence[str]], *, head: str, item: str) -> None:
+    """Refuse anything but N texts with a list of texts each, none of them empty.
+
+    Args:
+        heads: N texts, such as queries.
+        lists: of each, such as its candidates.
+        head: what a text is called, such as ``query``.
+        item: what a text of its list is called.
+
+    Raises:
+        InputError: for numbers that do not pair.
+        RowError: naming the text that is empty, has no list, or has an empty one in it.
+    """
+    if isinstance(heads, str) or isinstance(lists, str) or len(heads) != len(lists) or not len(heads):
+        several = {"query": "queries"}.get(head, f"{head}s")
+        raise InputError(f"{several} and lists of {item}s must pair: got {len(heads)} and {len(lists)}")
+    for number, (text, found) in enumerate(zip(heads, lists, strict=True)):
+        row = f"{head} {number}"
+        if not isinstance(text, str) or not text.strip():
+            raise RowError("is empty: fill it or leave it out", row=row)
+        if isinstance(found, str) or not len(found):
+            raise RowError(f"has no {item}s: give a list of at least one text", row=row)
+        for place, one in enumerate(found):
+            if not isinstance(one, str) or not one.strip():
+                raise RowError(f"{item} {place} must be a text that is not empty, got {one!r}", row=row)

@@ -73,10 +73,10 @@ class CodeGrid:
     seeds: int = 1
     methods: tuple[CodeMethod, ...] = ("prequential", "requential")
     window: int = 64
-    batch_size: int = 32
+    batch_size: int = 16
     learning_rate: float = 2e-3
     warmup_steps: int = 10
-    max_tokens: int | None = 500_000
+    max_tokens: int | None = 300_000
     held_out: float = 0.05
     checkpoints: int = 6
     max_kl: float = 0.5

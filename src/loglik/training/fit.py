@@ -34,7 +34,7 @@ from loglik.training.reference import Reference, References
 from loglik.training.sharding import is_sharded, shard, wants_sharding, whole
 from loglik.training.step import Loss, take_step
 
-__all__ = ["Callback", "FitResult", "Trainable", "fit"]
+__all__ = ["Callback", "FitResult", "Trainable", "fit", "make_optimizer"]
 
 
 class Trainable(Protocol):
@@ -217,7 +217,7 @@ class _Run:
         self.loss.to(self.accelerator.device)
         if self.sharded:
             shard(self.model, self.objective, self.accelerator, self.config)
-        optimizer = _optimizer(self.loss, self.config)
+        optimizer = make_optimizer(self.loss, self.config)
         state = self.files.prepare(optimizer, resume=resume)
         if self.sharded:
             return self.loss, optimizer, state
@@ -347,7 +347,8 @@ def _described(objective: Objective) -> dict[str, Any]:
     return {"name": objective_name(objective), **settings}
 
 
-def _optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def make_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW of everything that is trained; vectors (norms, biases) do not decay."""
     trained = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},

@@ -22,7 +22,7 @@ from loglik.models.dense import scored_logits
 from loglik.objectives.supervised import MaximumLikelihood
 from loglik.signals.epiplexity import CodeLength, prequential_code, requential_code, step_divergence
 from loglik.training.config import TrainConfig
-from loglik.training.fit import _optimizer
+from loglik.training.fit import make_optimizer
 
 __all__ = ["PrequentialRun", "RequentialRun", "prequential_run", "requential_run"]
 
@@ -173,7 +173,7 @@ class _Learner:
         if not hasattr(getattr(model, "model", None), "parameters"):
             raise InputError(f"{type(model).__name__} has no weights that a gradient could change: give a neural model")
         self.model, self.config, self.step = model, config, 0
-        self.optimizer = _optimizer(model.model, config)
+        self.optimizer = make_optimizer(model.model, config)
         self.objective = MaximumLikelihood("token_mean")
         model.model.eval()  # without dropout: a code needs the model's one likelihood
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from loglik.errors import InputError, RowError
 from loglik.models.encode import check_text
-from loglik.models.load import EMBEDDED, _embedded, _tokenizer
+from loglik.models.load import EMBEDDED, embedded_directory, load_tokenizer
 
 __all__ = ["TokenData", "read_tokenizer", "token_data"]
 
@@ -72,8 +72,8 @@ def read_tokenizer(name: str) -> Any:
     """
     if name == "bytes":
         return None
-    where = _embedded(name) if name in EMBEDDED else Path(name)
-    found = _tokenizer(str(where), is_local=True, revision=None)
+    where = embedded_directory(name) if name in EMBEDDED else Path(name)
+    found = load_tokenizer(str(where), is_local=True, revision=None)
     if found is None:
         raise InputError(f"there is no tokenizer in {name}: give bytes, tiny, or a folder that holds one")
     return found

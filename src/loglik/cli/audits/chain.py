@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from loglik.cli.audits.common import Audited, RowAudit
-from loglik.cli.audits.named import named_rows
+from loglik.cli.audits.common import Audited, RowAudit, rows_named
 from loglik.errors import InputError
 
 if TYPE_CHECKING:
@@ -121,7 +120,7 @@ class AuditChain(RowAudit):
         with bar("models", total=len(self.models), unit="models") as advance:
             for name in self.models:
                 model = load(name, dtype=self.dtype, device=self.device)
-                with named_rows(audited.names):
+                with rows_named(audited.names):
                     scored = score_options(model, questions, options, separator=self.separator)
                     lengths = {"byte": scored.num_bytes, "character": scored.num_characters}.get(self.normalise)
                     chain = metric_chain(
@@ -165,7 +164,7 @@ class AuditChain(RowAudit):
         for number in range(len(self.compute)):
             value = torch.tensor([x for own in table for x in own[number]], dtype=torch.float64)
             likelihood = LogLikelihood(value, Kind.EXACT, Unit.EVENT, torch.ones(len(value), dtype=torch.long))
-            with named_rows(audited.names):
+            with rows_named(audited.names):
                 chains.append(metric_chain(likelihood, question, answers))
         return table, answers, chains
 

@@ -34,7 +34,7 @@ __all__ = [
     "write_text",
 ]
 
-_ROW = re.compile(r"\brow (\d+)\b")
+_ROW = re.compile(r"\b(?:row|query|question|response) (\d+)\b")  # what the signals call a row
 
 
 @dataclass(frozen=True)

@@ -34,13 +34,13 @@ class AuditData(RowAudit):
     """Models per width; with more the summary has the range."""
     window: int = 64
     """Tokens that a model sees at once."""
-    batch_size: int = 32
+    batch_size: int = 16
     """Windows per step."""
     learning_rate: float = 2e-3
     """Constant after the warm-up."""
     warmup_steps: int = 10
     """Of linear warm-up."""
-    max_tokens: int | None = 500_000
+    max_tokens: int | None = 300_000
     """Tokens that are read at most, held-out ones included."""
     held_out: float = 0.05
     """Share of the windows that gives the final losses."""

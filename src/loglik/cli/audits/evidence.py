@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from loglik.cli.audits.common import Audited, ModelAudit
-from loglik.cli.audits.named import named_rows
+from loglik.cli.audits.common import Audited, ModelAudit, rows_named
 from loglik.errors import InputError
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ class AuditEvidence(ModelAudit):
         with bar("questions", total=len(questions), unit="rows") as advance:
             for first in range(0, len(questions), self.batch_size):
                 part = slice(first, first + self.batch_size)
-                with named_rows(audited.names[part]):
+                with rows_named(audited.names[part]):
                     answers = (
                         decode_answers(
                             model, questions[part], passages[part], prompts=prompts, max_tokens=self.max_tokens
@@ -97,7 +96,7 @@ class AuditEvidence(ModelAudit):
                 advance(len(questions[part]))
         table = join(tables)
         summary: dict[str, Any] = {"rows": len(questions), "model": self.model}
-        with named_rows(audited.names):
+        with rows_named(audited.names):
             chosen = choose_answers(table, weights=weights, normalise=same)
             if self.folds and gold is not None:
                 fitted = cross_fit_product(table, gold, folds=self.folds, normalise=same, seed=self.seed)
@@ -126,10 +125,7 @@ class AuditEvidence(ModelAudit):
         page: Any,
     ) -> None:
         """Exact match of each score, into the rows, the summary and the page."""
-        import torch
-
-        from loglik.signals.intervals import mean_intervals
-        from loglik.signals.plots import plot_bars
+        from loglik.cli.audits.shares import add_shares
 
         hits = {
             name: [answer in good for answer, good in zip(answers, right, strict=True)]
@@ -137,18 +133,8 @@ class AuditEvidence(ModelAudit):
         }
         for i, row in enumerate(rows):
             row |= {f"correct_{name}": found[i] for name, found in hits.items()}
-        table = torch.tensor(list(hits.values()), dtype=torch.float64)
-        spans: dict[str, tuple[float, float]] = {}
-        if len(rows) > 1:
-            means = mean_intervals(table, resamples=self.bootstrap, seed=self.seed)
-            spans = {name: (float(a), float(b)) for name, (a, b) in zip(hits, means.interval, strict=True)}
-        for name, mean in zip(hits, table.mean(1).tolist(), strict=True):
-            summary[f"exact_match_{name}"] = mean
-            if name in spans:
-                summary |= {f"exact_match_{name}_low": spans[name][0], f"exact_match_{name}_high": spans[name][1]}
-        if self.report is not None:
-            bars = {name: summary[f"exact_match_{name}"] for name in hits}
-            page.figure("Exact match", plot_bars(bars, label="share right", intervals=spans), "With 95 % intervals.")
+        shown = None if self.report is None else page
+        add_shares(hits, summary, shown, name="exact_match", resamples=self.bootstrap, seed=self.seed)
 
     def _similarity(self, audited: Audited, passages: Sequence[Sequence[str]]) -> list[list[float]]:
         found = []

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from loglik.cli.audits.common import Audited, ModelAudit
-from loglik.cli.audits.named import finite_or_none, named_rows
+from loglik.cli.audits.common import Audited, ModelAudit, rows_named
 from loglik.errors import InputError
 
 if TYPE_CHECKING:
@@ -104,12 +103,12 @@ class AuditRetrieval(ModelAudit):
         model = self.load()
         scores: dict[str, list[Tensor]] = {}
         kinds: dict[str, str] = {}
-        with named_rows(audited.names):
+        with rows_named(audited.names):
             words = word_likelihood(queries, candidates)
         with bar("queries", total=len(queries), unit="rows") as advance:
             for first in range(0, len(queries), self.batch_size):
                 part = slice(first, first + self.batch_size)
-                with named_rows(audited.names[part]):
+                with rows_named(audited.names[part]):
                     if self.backtrace:
                         traced = score_segments(
                             model,
@@ -238,5 +237,5 @@ def _rows(scores: Mapping[str, list[Tensor]]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for i in range(count):
         row: dict[str, Any] = {f"best_{name}": int(values[i].argmax()) for name, values in scores.items()}
-        rows.append(row | {f"scores_{name}": finite_or_none(values[i].tolist()) for name, values in scores.items()})
+        rows.append(row | {f"scores_{name}": values[i].tolist() for name, values in scores.items()})
     return rows

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from loglik.cli.audits.common import Audited, ModelAudit
-from loglik.cli.audits.named import finite_or_none
 from loglik.errors import InputError, LoglikError
 
 if TYPE_CHECKING:
@@ -141,14 +140,14 @@ class AuditThinkSum(ModelAudit):
                         )
                         found.kinds[way] = str(summed.score.kind)
                         row[f"choice_{way}"] = summed.odd if self.odd else summed.best
-                        row[f"log_probs_{way}"] = finite_or_none(summed.log_probs.tolist())
+                        row[f"log_probs_{way}"] = summed.log_probs.tolist()
                     alone = choose_by_column(likelihood, width, per_unit=self.per_token, odd=self.odd)
                 except LoglikError as error:
                     raise InputError(f"{name}: {error}") from None
                 table = likelihood.value.reshape(-1, width)
                 found.tables.append(table)
                 found.single.append(alone)
-                found.rows.append(row | {"matrix": [finite_or_none(line) for line in table.tolist()]})
+                found.rows.append(row | {"matrix": table.tolist()})
                 advance(1)
         return found
 
@@ -162,10 +161,7 @@ class AuditThinkSum(ModelAudit):
         page: Any,
     ) -> None:
         """Accuracy of each sum and of a thought alone, into the rows, the summary and the page."""
-        import torch
-
-        from loglik.signals.intervals import mean_intervals
-        from loglik.signals.plots import plot_bars
+        from loglik.cli.audits.shares import add_shares
 
         hits: dict[str, list[float]] = {
             "one_thought": [sum(c == a for c in alone) / len(alone) for alone, a in zip(single, answers, strict=True)]
@@ -175,18 +171,8 @@ class AuditThinkSum(ModelAudit):
         for i, row in enumerate(rows):
             row["answer"] = answers[i]
             row |= {f"correct_{way}": bool(hits[way][i]) for way in choices}
-        table = torch.tensor(list(hits.values()), dtype=torch.float64)
-        spans: dict[str, tuple[float, float]] = {}
-        if len(rows) > 1:
-            means = mean_intervals(table, resamples=self.bootstrap, seed=self.seed)
-            spans = {name: (float(a), float(b)) for name, (a, b) in zip(hits, means.interval, strict=True)}
-        for name, mean in zip(hits, table.mean(1).tolist(), strict=True):
-            summary[f"accuracy_{name}"] = mean
-            if name in spans:
-                summary |= {f"accuracy_{name}_low": spans[name][0], f"accuracy_{name}_high": spans[name][1]}
-        if self.report is not None:
-            bars = {name: summary[f"accuracy_{name}"] for name in hits}
-            page.figure("Accuracy", plot_bars(bars, label="share right", intervals=spans), "With 95 % intervals.")
+        shown = None if self.report is None else page
+        add_shares(hits, summary, shown, name="accuracy", resamples=self.bootstrap, seed=self.seed)
 
     def _answers(self, audited: Audited, candidates: Sequence[Sequence[str]]) -> list[int]:
         found = []
