@@ -43,6 +43,10 @@ def test_ties_count_half_and_widen_the_interval():
     low, high = (scipy.stats.binomtest(k, 4).proportion_ci(0.8, method="exact") for k in (1, 3))
     assert (got.low, got.high) == pytest.approx((low.low, high.high))
     assert got.record()["accuracy"] == 0.5
+    assert got.outcomes.tolist() == [1.0, 0.0, 0.5, 0.5]
+    near = torch.tensor([1e-7, 1e-3]).double()
+    assert pairwise_accuracy(near, torch.zeros(2).double()).outcomes.tolist() == [0.5, 1.0]
+    assert pairwise_accuracy(near, torch.zeros(2).double(), tolerance=0).outcomes.tolist() == [1.0, 1.0]
     swapped = pairwise_accuracy(torch.full((4,), 0.5), torch.tensor([1.0, 0.0, 0.5, 0.5]), level=0.8)
     assert (swapped.low, swapped.high) == pytest.approx((1 - got.high, 1 - got.low))
 
@@ -141,6 +145,7 @@ REFUSED = [
     (lambda: pairwise_accuracy(NAN, TWO), "row 1: the score of the chosen response is nan"),
     (lambda: pairwise_accuracy(TWO, NAN), "row 1: the score of the rejected response is nan"),
     (lambda: pairwise_accuracy(TWO, TWO, level=0), "level must lie between 0 and 1"),
+    (lambda: pairwise_accuracy(TWO, TWO, tolerance=-1), "tolerance must be at least 0 and finite"),
     (lambda: rating_correlation(TWO, [1, 2]), "a correlation needs at least three"),
     (lambda: rating_correlation(torch.zeros(3), [1, 2]), "scores and ratings must pair"),
     (lambda: rating_correlation(torch.arange(3.0), [1, math.inf, 2]), "row 1: the rating is inf"),

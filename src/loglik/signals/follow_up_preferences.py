@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,7 @@ class PairwiseAccuracy:
         ties: pairs with equal scores.
         count: all pairs.
         level: confidence of the interval.
+        outcomes: (P,) 1 for a win, 0.5 for a tie, 0 for a loss.
     """
 
     accuracy: float
@@ -43,6 +45,7 @@ class PairwiseAccuracy:
     ties: int
     count: int
     level: float
+    outcomes: Tensor
 
     def record(self) -> dict[str, Any]:
         """Plain numbers for JSON and tables."""
@@ -50,7 +53,9 @@ class PairwiseAccuracy:
         return {name: getattr(self, name) for name in names}
 
 
-def pairwise_accuracy(chosen: Tensor, rejected: Tensor, *, level: float = 0.95) -> PairwiseAccuracy:
+def pairwise_accuracy(
+    chosen: Tensor, rejected: Tensor, *, level: float = 0.95, tolerance: float = 1e-6
+) -> PairwiseAccuracy:
     r"""Share of pairs in which the chosen response scores higher, :math:`\frac{1}{P} \sum_p 1[s_p^+ > s_p^-]`.
 
     The interval is Clopper and Pearson's. It is exact without ties and covers more than its level with them: its lower
@@ -60,9 +65,10 @@ def pairwise_accuracy(chosen: Tensor, rejected: Tensor, *, level: float = 0.95) 
         chosen: (P,) scores of the chosen responses, finite.
         rejected: (P,) of the rejected ones.
         level: confidence of the interval, in (0, 1).
+        tolerance: differences up to this are ties: what batching does to the last digits is no preference.
 
     Raises:
-        InputError: for no pairs, scores that do not pair, or a level out of range.
+        InputError: for no pairs, scores that do not pair, or a level or tolerance out of range.
         RowError: for a score that is not finite.
 
     Source: arXiv 2409.13948 evaluates by this share.
@@ -76,11 +82,17 @@ def pairwise_accuracy(chosen: Tensor, rejected: Tensor, *, level: float = 0.95) 
         bad = (~torch.isfinite(values)).nonzero().flatten()
         if len(bad):
             raise RowError(f"the score of the {name} response is {float(values[bad[0]])}", row=f"row {int(bad[0])}")
-    wins, ties, count = int((chosen > rejected).sum()), int((chosen == rejected).sum()), len(chosen)
+    if not 0 <= tolerance < math.inf:
+        raise InputError(f"tolerance must be at least 0 and finite, got {tolerance}")
+    gap = (chosen - rejected).detach().double().cpu()
+    outcomes = torch.where(gap.abs() <= tolerance, 0.5, (gap > 0).double())
+    wins, ties, count = int((outcomes == 1).sum()), int((outcomes == 0.5).sum()), len(chosen)
     totals = np.array([count])
     low = proportion_interval(np.array([wins]), totals, level)[0]
     high = proportion_interval(np.array([wins + ties]), totals, level)[1]
-    return PairwiseAccuracy((wins + ties / 2) / count, float(low[0]), float(high[0]), wins, ties, count, level)
+    return PairwiseAccuracy(
+        (wins + ties / 2) / count, float(low[0]), float(high[0]), wins, ties, count, level, outcomes
+    )
 
 
 def rating_correlation(scores: Tensor, ratings: Sequence[float]) -> dict[str, float] | None:

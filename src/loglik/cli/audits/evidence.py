@@ -62,6 +62,9 @@ class AuditEvidence(ModelAudit):
         prompts, weights = self._prompts(), self._weights()
         audited = self.read()
         questions, passages = audited.texts(self.question_field), audited.lists(self.passages_field)
+        for name, texts in zip(audited.names, passages, strict=True):
+            if not texts:
+                raise InputError(f"{name}: {self.passages_field} must have at least one text")
         similarity = self._similarity(audited, passages) if audited.has(self.similarity_field) else None
         given = audited.lists(self.candidates_field) if audited.has(self.candidates_field) else None
         gold = self._gold(audited) if audited.has(self.answer_field) else None

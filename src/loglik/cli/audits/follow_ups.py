@@ -164,9 +164,9 @@ class AuditFollowUps(ModelAudit):
         for each, values in categories[better].items():
             scores[f"category {each}"] = values, categories[worse][each]
         found = {name: pairwise_accuracy(one, other, level=self.level) for name, (one, other) in scores.items()}
-        for row in rows:
+        for row, outcome in zip(rows, found["follow_ups"].outcomes.tolist(), strict=True):
             row["margin"] = row[f"reward_{better}"] - row[f"reward_{worse}"]
-            row["prefers_chosen"] = row["margin"] > 0
+            row["prefers_chosen"] = outcome == 1
         for name, accuracy in found.items():
             summary[f"accuracy_{name.replace(' ', '_')}"] = accuracy.record()
         if self.report is not None:
