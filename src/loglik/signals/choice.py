@@ -22,6 +22,7 @@ from loglik.models.protocol import TextModel
 from loglik.scoring.engine import ScoreBoundary
 from loglik.scoring.score import score
 from loglik.scoring.windows import OverflowPolicy
+from loglik.signals.texts import place_in_lists
 
 __all__ = [
     "Choices",
@@ -306,7 +307,11 @@ def score_options(
     def scored(prompts: Sequence[str]) -> LogLikelihood:
         pairs = [(p, separator + text) for p, texts in zip(prompts, options, strict=True) for text in texts]
         unit = Unit.BYTE if boundary == "exact" else Unit.TOKEN
-        return score(model, pairs, unit=unit, boundary=boundary, overflow=overflow)
+        try:
+            return score(model, pairs, unit=unit, boundary=boundary, overflow=overflow)
+        except RowError as error:
+            counts = [len(texts) for texts in options]
+            raise error.at(place_in_lists(error.row, counts, head="question", item="option")) from None
 
     flat = [text for texts in options for text in texts]
     return OptionScores(

@@ -30,7 +30,7 @@ from loglik.signals.retrieval import (
     query_likelihood,
     unigram_likelihood,
 )
-from loglik.signals.texts import require_text_lists
+from loglik.signals.texts import place_in_lists, require_text_lists
 
 __all__ = [
     "PairScores",
@@ -134,7 +134,7 @@ def score_pairs(
         try:
             return score(model, pairs, overflow=overflow)
         except RowError as error:
-            raise error.at(_place(error.row, counts, "candidate")) from None
+            raise error.at(place_in_lists(error.row, counts, head="query", item="candidate")) from None
 
     return PairScores(
         scored([(query_label + q + separator + candidate_label, text) for q, text in flat]),
@@ -292,13 +292,3 @@ def compare_rankers(
                 gain = means.difference[place].item()
                 found[name] |= {f"{figure}_gain": gain, f"{figure}_gain_low": low, f"{figure}_gain_high": high}
     return found
-
-
-def _place(row: str | None, counts: Sequence[int], what: str) -> str:
-    """The query and candidate of a flat row."""
-    left = int((row or "row 0").split()[-1])
-    for number, count in enumerate(counts):
-        if left < count:
-            return f"query {number}, {what} {left}"
-        left -= count
-    return str(row)

@@ -17,6 +17,7 @@ from loglik.models.trunk import evaluating
 
 __all__ = [
     "inference_log_prob",
+    "place_in_lists",
     "require_same_tokens",
     "require_text_lists",
     "text_batches",
@@ -213,3 +214,20 @@ def require_text_lists(heads: Sequence[str], lists: Sequence[Sequence[str]], *, 
         for place, one in enumerate(found):
             if not isinstance(one, str) or not one.strip():
                 raise RowError(f"{item} {place} must be a text that is not empty, got {one!r}", row=row)
+
+
+def place_in_lists(row: str | None, counts: Sequence[int], *, head: str, item: str) -> str:
+    """What ``row 7`` of lists in one line is: ``query 2, candidate 1``.
+
+    Args:
+        row: as an error names it.
+        counts: how long each list is.
+        head: what a list belongs to.
+        item: what is in it.
+    """
+    left = int((row or "row 0").split()[-1])
+    for number, count in enumerate(counts):
+        if left < count:
+            return f"{head} {number}, {item} {left}"
+        left -= count
+    return str(row)

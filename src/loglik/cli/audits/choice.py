@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from loglik.cli.audits.common import ModelAudit
+from loglik.cli.audits.common import ModelAudit, rows_named
 from loglik.errors import InputError
 
 __all__ = ["AuditChoice"]
@@ -45,7 +45,8 @@ class AuditChoice(ModelAudit):
             else None
         )
         model = self.load()
-        found = score_options(model, questions, options, separator=self.separator, premise=self.premise)
+        with rows_named(audited.names):
+            found = score_options(model, questions, options, separator=self.separator, premise=self.premise)
         plain = ("sum", "token", "byte", "character")
         chosen: dict[str, Any] = {}
         for way in plain:
