@@ -291,3 +291,15 @@ def test_uncertainty_of_greedy_answers(tmp_path, tiny):
         assert len(row["samples"]) == 3
     assert told["accuracy"] in (0.0, 0.5, 1.0)
     assert "<svg" in page.read_text()
+
+
+def test_an_option_that_cannot_be_scored_is_named_with_its_line(tmp_path, capsys):
+    records = [
+        {"question": "x =", "options": ["1", "2"]},
+        {"question": "y =", "options": ["1", "2", "3 " * 3000]},
+    ]
+    error = refused(capsys, "choice", write(tmp_path / "in.jsonl", records), "-m", "tiny")
+    assert "line 2, option 2: " in error
+    records[1]["options"] = ["1"]
+    error = refused(capsys, "choice", write(tmp_path / "in.jsonl", records), "-m", "tiny")
+    assert "line 2: needs a list of at least two options" in error

@@ -305,9 +305,3 @@ def test_bad_input_is_refused_in_a_sentence(call, message):
 def test_bad_texts_are_refused(tiny, questions, options, more, message):
     with pytest.raises((InputError, RowError), match=message):
         score_options(tiny, questions, options, **more)
-
-
-def test_an_option_that_cannot_be_scored_is_named_with_its_question(tiny):
-    with pytest.raises(RowError, match=r"^question 1, option 2: ") as found:
-        score_options(tiny, QUESTIONS, [["a", "b"], ["a", "b", "c " * 3000]])
-    assert found.value.row == "question 1, option 2"

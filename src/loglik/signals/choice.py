@@ -22,7 +22,6 @@ from loglik.models.protocol import TextModel
 from loglik.scoring.engine import ScoreBoundary
 from loglik.scoring.score import score
 from loglik.scoring.windows import OverflowPolicy
-from loglik.signals.texts import place_in_lists
 
 __all__ = [
     "Choices",
@@ -307,11 +306,7 @@ def score_options(
     def scored(prompts: Sequence[str]) -> LogLikelihood:
         pairs = [(p, separator + text) for p, texts in zip(prompts, options, strict=True) for text in texts]
         unit = Unit.BYTE if boundary == "exact" else Unit.TOKEN
-        try:
-            return score(model, pairs, unit=unit, boundary=boundary, overflow=overflow)
-        except RowError as error:
-            counts = [len(texts) for texts in options]
-            raise error.at(place_in_lists(error.row, counts, head="question", item="option")) from None
+        return score(model, pairs, unit=unit, boundary=boundary, overflow=overflow)
 
     flat = [text for texts in options for text in texts]
     return OptionScores(

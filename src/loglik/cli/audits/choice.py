@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from loglik.cli.audits.common import ModelAudit, rows_named
-from loglik.errors import InputError
+from loglik.errors import InputError, RowError
 
 __all__ = ["AuditChoice"]
 
@@ -36,6 +36,7 @@ class AuditChoice(ModelAudit):
         from loglik.signals.choice import score_options
         from loglik.signals.pages import AuditPage
         from loglik.signals.plots import plot_reliability
+        from loglik.signals.texts import place_in_lists
 
         audited = self.read()
         questions, options = audited.texts(self.question_field), audited.lists(self.options_field)
@@ -46,7 +47,13 @@ class AuditChoice(ModelAudit):
         )
         model = self.load()
         with rows_named(audited.names):
-            found = score_options(model, questions, options, separator=self.separator, premise=self.premise)
+            try:
+                found = score_options(model, questions, options, separator=self.separator, premise=self.premise)
+            except RowError as error:
+                place = str(error.row)
+                if place.startswith("row "):  # of all options in one line
+                    place = place_in_lists(place, [len(texts) for texts in options], head="question", item="option")
+                raise error.at(place) from None
         plain = ("sum", "token", "byte", "character")
         chosen: dict[str, Any] = {}
         for way in plain:
